@@ -1,0 +1,1 @@
+"""The operators: an obvious NumPy reference, and fast versions per device."""

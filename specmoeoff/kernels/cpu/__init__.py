@@ -1,0 +1,474 @@
+"""The C kernels behind NumPy arrays. The only file that touches ctypes and pointers; every array is checked before C sees it.
+
+bf16 is carried as uint16. Exactness: a row's bits depend only on its own token history, not on the number of rows,
+neighbours, page table, chunking or threads (see kernels.h).
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+
+from specmoeoff.errors import MissingCapability
+
+PAGE_TOKENS = 64
+MAX_HEAD_DIM = 256
+ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
+
+
+class _Shape(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")),
+        ("rms_eps", c_float),
+    ]
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("input_norm", "qkv", "o", "post_norm", "router", "cosines", "sines")]
+
+
+class _Batch(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("n_requests", "n_rows", "max_pages")),
+        *((name, c_void_p) for name in ("row_start", "first_position", "page_table")),
+    ]
+
+
+# Kept in the order of kernels.c.
+_SIGNATURES = {
+    "smo_isa_count": (c_int, []),
+    "smo_isa_name": (c_char_p, [c_int]),
+    "smo_isa_supported": (c_int, [c_int]),
+    "smo_packed_linear_bytes": (c_size_t, [c_int, c_int]),
+    "smo_pack_linear": (None, [c_void_p, c_int, c_int, c_void_p]),
+    "smo_packed_expert_bytes": (c_size_t, [c_int, c_int]),
+    "smo_pack_expert": (None, [c_void_p] * 3 + [c_int, c_int, c_void_p]),
+    "smo_linear": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
+    "smo_rmsnorm": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p]),
+    "smo_verify_attention": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Batch)] + [c_void_p] * 4),
+    "smo_attention_scratch_bytes": (c_size_t, [POINTER(_Shape), c_int]),
+    "smo_attention_block": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Layer), POINTER(_Batch)] + [c_void_p] * 7),
+    "smo_experts_scratch_bytes": (c_size_t, [c_int, c_int]),
+    "smo_experts": (None, [c_int] * 5 + [c_void_p, c_int] + [c_void_p] * 5),
+    "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
+    "smo_head_scratch_bytes": (c_size_t, [c_int, c_int, c_int]),
+    "smo_head_argmax": (
+        None,
+        [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p, c_int, c_void_p, c_void_p, c_void_p],
+    ),
+    "smo_probe_peak": (c_double, [c_int, c_int, c_int, c_int64]),
+    "smo_probe_memory": (None, [c_int, c_int, c_int, c_void_p, c_size_t, c_int]),
+    "smo_probe_chase": (c_int64, [c_void_p, c_int64]),
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = files(__package__).joinpath("libspecmoeoff_cpu.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MissingCapability(f"the CPU kernels cannot be loaded ({error}); reinstall with `pip install .`.") from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@functools.cache
+def _all_isas() -> tuple[str, ...]:
+    library = _library()
+    return tuple(library.smo_isa_name(i).decode() for i in range(library.smo_isa_count()))
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets this machine can run, fastest first."""
+    return tuple(name for i, name in enumerate(_all_isas()) if _library().smo_isa_supported(i))
+
+
+def default_isa() -> str:
+    """The fastest, or the one $SPECMOEOFF_CPU_ISA names; never silently another."""
+    return _checked_isa(os.environ.get(ISA_VARIABLE) or supported_isas()[0])
+
+
+def _checked_isa(name: str) -> str:
+    if name not in supported_isas():
+        reason = "this CPU cannot run it" if name in _all_isas() else "there is no such instruction set"
+        raise MissingCapability(f"instruction set {name!r}: {reason}; choose one of {', '.join(supported_isas())}.")
+    return name
+
+
+def aligned_empty(n_bytes: int, alignment: int = 4096) -> np.ndarray:
+    """(n_bytes,) uint8 of zeroed memory of its own, in huge pages where the system has them, every page touched."""
+    huge = 1 << 21
+    slack = huge if n_bytes >= huge else alignment
+    memory = mmap.mmap(-1, max(n_bytes, 1) + slack)
+    whole = np.frombuffer(memory, np.uint8)
+    first = -whole.ctypes.data % slack
+    if n_bytes >= huge:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    array = whole[first : first + n_bytes]
+    array[:] = 0
+    return array
+
+
+def _pointer(array: np.ndarray, dtype: type, shape: tuple[int | None, ...], name: str) -> int:
+    """Address of an array whose dtype, shape (None: any) and layout are as C expects."""
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        found = getattr(array, "dtype", type(array).__name__)
+        raise TypeError(f"{name}: {np.dtype(dtype).name} array expected, not {found}")
+    if array.ndim != len(shape) or any(w is not None and w != n for n, w in zip(array.shape, shape, strict=True)):
+        wanted = ", ".join("any" if w is None else str(w) for w in shape)
+        raise ValueError(f"{name}: shape ({wanted}) expected, not {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: must be C-contiguous")
+    return int(array.__array_interface__["data"][0])
+
+
+def packed_linear_bytes(n_out: int, n_in: int) -> int:
+    """Bytes of a packed (n_out, n_in) matrix: 64-row strips, zero-padded."""
+    if n_out < 1 or n_in < 2 or n_in % 2:
+        raise ValueError(f"n_out must be positive and n_in even and positive, not {n_out} and {n_in}")
+    return int(_library().smo_packed_linear_bytes(n_out, n_in))
+
+
+def pack_linear(weight: np.ndarray, out: np.ndarray) -> None:
+    """weight (n_out, n_in) bf16 -> out (packed_linear_bytes,) uint8."""
+    source = _pointer(weight, np.uint16, (None, None), "weight")
+    n_out, n_in = weight.shape
+    target = _pointer(out, np.uint8, (packed_linear_bytes(n_out, n_in),), "out")
+    _library().smo_pack_linear(source, n_out, n_in, target)
+
+
+def packed_expert_bytes(hidden: int, intermediate: int) -> int:
+    """Bytes of a packed expert: gate, up and down."""
+    if hidden < 2 or hidden % 2 or intermediate < 2 or intermediate % 2:
+        raise ValueError(f"hidden and intermediate must be even and positive, not {hidden} and {intermediate}")
+    return int(_library().smo_packed_expert_bytes(hidden, intermediate))
+
+
+def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
+    """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 -> out (packed_expert_bytes,) uint8."""
+    sources = [_pointer(gate, np.uint16, (None, None), "gate")]
+    intermediate, hidden = gate.shape
+    sources.append(_pointer(up, np.uint16, (intermediate, hidden), "up"))
+    sources.append(_pointer(down, np.uint16, (hidden, intermediate), "down"))
+    target = _pointer(out, np.uint8, (packed_expert_bytes(hidden, intermediate),), "out")
+    _library().smo_pack_expert(*sources, hidden, intermediate, target)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a layer. hidden and head_dim are multiples of 16, head_dim at most 256."""
+
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate: int
+    n_experts: int
+    n_active: int
+    rms_eps: float
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "head_dim"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                raise ValueError(f"{name} must be a positive multiple of 16, not {getattr(self, name)}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, not {self.head_dim}")
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if not 1 <= self.n_active <= self.n_experts:
+            raise ValueError(f"n_active must be 1 to {self.n_experts}, not {self.n_active}")
+
+    @functools.cached_property
+    def c_struct(self) -> _Shape:
+        """For C."""
+        return _Shape(*(getattr(self, name) for name, _ in _Shape._fields_))
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+
+class LayerWeights:
+    """The dense weights of a layer, checked once.
+
+    input_norm, post_norm (hidden,) float32; qkv, o, router packed; cosines, sines (n_positions, head_dim / 2) float32.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        input_norm: np.ndarray,
+        qkv: np.ndarray,
+        o: np.ndarray,
+        post_norm: np.ndarray,
+        router: np.ndarray | None,
+        cosines: np.ndarray,
+        sines: np.ndarray,
+    ) -> None:
+        self.shape = shape
+        self.n_positions = len(cosines)
+        self._arrays = (input_norm, qkv, o, post_norm, router, cosines, sines)
+        if (router is None) != (shape.n_experts == 1):
+            raise ValueError("router: needed exactly where there is more than one expert")
+        angles = (self.n_positions, shape.head_dim // 2)
+        width = shape.n_heads * shape.head_dim
+        self.c_struct = _Layer(
+            _pointer(input_norm, np.float32, (shape.hidden,), "input_norm"),
+            _pointer(qkv, np.uint8, (packed_linear_bytes(shape.qkv_width, shape.hidden),), "qkv"),
+            _pointer(o, np.uint8, (packed_linear_bytes(shape.hidden, width),), "o"),
+            _pointer(post_norm, np.float32, (shape.hidden,), "post_norm"),
+            None
+            if router is None
+            else _pointer(router, np.uint8, (packed_linear_bytes(shape.n_experts, shape.hidden),), "router"),
+            _pointer(cosines, np.float32, angles, "cosines"),
+            _pointer(sines, np.float32, angles, "sines"),
+        )
+
+
+class Batch:
+    """Ragged rows: request r has rows row_start[r] .. row_start[r+1]-1 at positions first_position[r] + j.
+
+    row_start (n_requests + 1,), first_position (n_requests,), page_table (n_requests, max_pages), all int32.
+    """
+
+    def __init__(self, row_start: np.ndarray, first_position: np.ndarray, page_table: np.ndarray) -> None:
+        n = len(row_start) - 1
+        pointers = (
+            _pointer(row_start, np.int32, (n + 1,), "row_start"),
+            _pointer(first_position, np.int32, (n,), "first_position"),
+            _pointer(page_table, np.int32, (n, None), "page_table"),
+        )
+        counts = np.diff(row_start)
+        if n < 1 or row_start[0] != 0 or (counts < 1).any():
+            raise ValueError("row_start: must begin with 0 and give every request at least one row")
+        if (first_position < 0).any():
+            raise ValueError("first_position: must not be negative")
+        self.n_rows = int(row_start[-1])
+        self.end = int((first_position.astype(np.int64) + counts).max())
+        if self.end > page_table.shape[1] * PAGE_TOKENS:
+            raise ValueError(f"page_table: {page_table.shape[1]} pages cannot hold {self.end} positions")
+        self.highest_page = int(page_table.max())
+        if page_table.min() < 0:
+            raise ValueError("page_table: must not be negative")
+        self._arrays = (row_start, first_position, page_table)
+        self.c_struct = _Batch(n, self.n_rows, page_table.shape[1], *pointers)
+
+
+class Kernels:
+    """The operators at a fixed number of threads and instruction set. Not thread-safe: call from one thread."""
+
+    def __init__(self, n_threads: int, isa: str | None = None) -> None:
+        if n_threads < 1:
+            raise ValueError(f"n_threads must be positive, not {n_threads}")
+        self.n_threads = n_threads
+        self.isa = default_isa() if isa is None else _checked_isa(isa)
+        self._isa = _all_isas().index(self.isa)
+        self._scratch = aligned_empty(1 << 20)
+        self._scratch_pointer = self._scratch.ctypes.data
+
+    def _scratch_of(self, n_bytes: int) -> int:
+        if n_bytes > len(self._scratch):
+            self._scratch = aligned_empty(n_bytes)
+            self._scratch_pointer = self._scratch.ctypes.data
+        return self._scratch_pointer
+
+    def reserve(self, shape: LayerShape, max_rows: int) -> None:
+        """Take all scratch memory now that passes of `max_rows` rows will need."""
+        self._scratch_of(scratch_bytes(shape, max_rows, self.n_threads))
+
+    def linear(self, x: np.ndarray, packed: np.ndarray, n_out: int, out: np.ndarray) -> None:
+        """out (M, n_out) float32 = x (M, n_in) bf16 . packed^T."""
+        source = _pointer(x, np.uint16, (None, None), "x")
+        m, n_in = x.shape
+        weight = _pointer(packed, np.uint8, (packed_linear_bytes(n_out, n_in),), "packed")
+        target = _pointer(out, np.float32, (m, n_out), "out")
+        _library().smo_linear(self._isa, self.n_threads, source, m, n_in, weight, n_out, target)
+
+    def rmsnorm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+        """out (M, H) bf16 = x (M, H) float32 normalised and weighted."""
+        source = _pointer(x, np.float32, (None, None), "x")
+        m, n = x.shape
+        if n % 16:
+            raise ValueError(f"x: the row length must be a multiple of 16, not {n}")
+        scale = _pointer(weight, np.float32, (n,), "weight")
+        target = _pointer(out, np.uint16, (m, n), "out")
+        _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, eps, target)
+
+    def verify_attention(
+        self, shape: LayerShape, batch: Batch, k_pages: np.ndarray, v_pages: np.ndarray, query: np.ndarray, out: np.ndarray
+    ) -> None:
+        """out (M, n_heads * head_dim) bf16: attention of rotated, scaled queries over appended pages."""
+        keys, values = self._pages(shape, batch, k_pages, v_pages)
+        width = (batch.n_rows, shape.n_heads * shape.head_dim)
+        source, target = _pointer(query, np.uint16, width, "query"), _pointer(out, np.uint16, width, "out")
+        _library().smo_verify_attention(
+            self._isa, self.n_threads, shape.c_struct, batch.c_struct, keys, values, source, target
+        )
+
+    @staticmethod
+    def _pages(shape: LayerShape, batch: Batch, k_pages: np.ndarray, v_pages: np.ndarray) -> tuple[int, int]:
+        heads, dim = shape.n_kv_heads, shape.head_dim
+        keys = _pointer(k_pages, np.uint16, (None, heads, dim // 2, PAGE_TOKENS, 2), "k_pages")
+        values = _pointer(v_pages, np.uint16, (len(k_pages), heads, PAGE_TOKENS // 2, dim, 2), "v_pages")
+        if batch.highest_page >= len(k_pages):
+            raise ValueError(f"page_table: page {batch.highest_page} is beyond the {len(k_pages)} pages")
+        return keys, values
+
+    def attention_block(
+        self,
+        layer: LayerWeights,
+        batch: Batch,
+        x: np.ndarray,
+        k_pages: np.ndarray,
+        v_pages: np.ndarray,
+        normed: np.ndarray,
+        expert_index: np.ndarray,
+        expert_weight: np.ndarray,
+    ) -> None:
+        """Norm, QKV, rotary embedding, KV append, attention, output projection, residual, norm, router.
+
+        x (M, hidden) float32 in and out; k_pages (n_pages, n_kv_heads, head_dim / 2, 64, 2) and v_pages (n_pages,
+        n_kv_heads, 32, head_dim, 2) bf16 of this layer; out: normed (M, hidden) bf16, expert_index (M, n_active) int32,
+        expert_weight (M, n_active) float32 (softmax over all, renormalised over the chosen, as Mixtral's).
+        """
+        shape, m = layer.shape, batch.n_rows
+        if batch.end > layer.n_positions:
+            raise ValueError(f"batch: position {batch.end - 1} is beyond the {layer.n_positions} rotary positions")
+        keys, values = self._pages(shape, batch, k_pages, v_pages)
+        residual = _pointer(x, np.float32, (m, shape.hidden), "x")
+        outputs = (
+            _pointer(normed, np.uint16, (m, shape.hidden), "normed"),
+            _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index"),
+            _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight"),
+        )
+        library = _library()
+        scratch = self._scratch_of(library.smo_attention_scratch_bytes(shape.c_struct, m))
+        library.smo_attention_block(
+            self._isa,
+            self.n_threads,
+            shape.c_struct,
+            layer.c_struct,
+            batch.c_struct,
+            residual,
+            keys,
+            values,
+            *outputs,
+            scratch,
+        )
+
+    def experts(
+        self,
+        normed: np.ndarray,
+        experts: Sequence[np.ndarray],
+        row_slots: Sequence[np.ndarray],
+        out: np.ndarray,
+        intermediate: int,
+    ) -> None:
+        """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H)."""
+        source = _pointer(normed, np.uint16, (None, None), "normed")
+        m, hidden = normed.shape
+        target = _pointer(out, np.float32, (None, hidden), "out")
+        n_slots = len(out)
+        if m < 1 or n_slots % m:
+            raise ValueError(f"out: {n_slots} rows are no multiple of the {m} rows of normed")
+        n_bytes = packed_expert_bytes(hidden, intermediate)
+        if len(experts) != len(row_slots):
+            raise ValueError(f"row_slots: {len(row_slots)} lists for {len(experts)} experts")
+        pointers = (c_void_p * max(1, len(experts)))(*(_pointer(e, np.uint8, (n_bytes,), "experts") for e in experts))
+        start = np.zeros(len(experts) + 1, np.int32)
+        for i, slots in enumerate(row_slots):
+            _pointer(slots, np.int32, (None,), "row_slots")
+            start[i + 1] = start[i] + len(slots)
+        slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])
+        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= n_slots):
+            raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
+        if len(slots) > n_slots:
+            raise ValueError("row_slots: a slot occurs twice")
+        library = _library()
+        scratch = self._scratch_of(library.smo_experts_scratch_bytes(intermediate, len(slots)))
+        library.smo_experts(
+            self._isa,
+            self.n_threads,
+            hidden,
+            intermediate,
+            n_slots // m,
+            source,
+            len(experts),
+            pointers,
+            slots.ctypes.data,
+            start.ctypes.data,
+            target,
+            scratch,
+        )
+
+    def combine(self, x: np.ndarray, expert_out: np.ndarray, expert_weight: np.ndarray) -> None:
+        """x (M, H) += sum over ranks, in order, of expert_weight (M, n_active) * expert_out (M * n_active, H)."""
+        residual = _pointer(x, np.float32, (None, None), "x")
+        m, hidden = x.shape
+        weights = _pointer(expert_weight, np.float32, (m, None), "expert_weight")
+        n_active = expert_weight.shape[1]
+        outputs = _pointer(expert_out, np.float32, (m * n_active, hidden), "expert_out")
+        _library().smo_combine(self._isa, self.n_threads, residual, m, hidden, n_active, outputs, weights)
+
+    def head_argmax(
+        self,
+        x: np.ndarray,
+        norm: np.ndarray,
+        eps: float,
+        packed: np.ndarray,
+        vocab: int,
+        out: np.ndarray,
+        logits: np.ndarray | None = None,
+    ) -> None:
+        """out (M,) int32: the token with the highest logit (lowest on ties) after final norm and head; logits (M, vocab)."""
+        states = _pointer(x, np.float32, (None, None), "x")
+        m, hidden = x.shape
+        scale = _pointer(norm, np.float32, (hidden,), "norm")
+        weight = _pointer(packed, np.uint8, (packed_linear_bytes(vocab, hidden),), "packed")
+        target = _pointer(out, np.int32, (m,), "out")
+        table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits")
+        library = _library()
+        scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads))
+        library.smo_head_argmax(
+            self._isa, self.n_threads, states, m, hidden, scale, eps, weight, vocab, target, table, scratch
+        )
+
+    def probe_peak(self, kind: str, rounds: int) -> float | None:
+        """Run independent multiply-adds (`fp32` or `bf16`) on all threads; operations done, None where unavailable."""
+        done = _library().smo_probe_peak(self._isa, self.n_threads, ("fp32", "bf16").index(kind), rounds)
+        return done if done >= 0 else None
+
+    def probe_memory(self, kind: str, buffer: np.ndarray, repeats: int = 1) -> int:
+        """Read, write or copy a uint8 buffer on all threads; bytes moved (a copy counts both ways)."""
+        address = _pointer(buffer, np.uint8, (None,), "buffer")
+        code = ("read", "write", "copy").index(kind)
+        _library().smo_probe_memory(self._isa, self.n_threads, code, address, len(buffer), repeats)
+        return len(buffer) // self.n_threads // 1024 * 1024 * self.n_threads * repeats
+
+    def probe_chase(self, links: np.ndarray, steps: int) -> int:
+        """Follow `steps` links (n,) int64 of a cycle: memory latency."""
+        address = _pointer(links, np.int64, (None,), "links")
+        if len(links) < 1 or links.min() < 0 or links.max() >= len(links):
+            raise ValueError("links: must be indices into links")
+        return int(_library().smo_probe_chase(address, steps))
+
+
+def scratch_bytes(shape: LayerShape, max_rows: int, n_threads: int) -> int:
+    """Scratch memory a Kernels object ends up with after passes of up to `max_rows` rows."""
+    library = _library()
+    return max(
+        1 << 20,
+        int(library.smo_attention_scratch_bytes(shape.c_struct, max_rows)),
+        int(library.smo_experts_scratch_bytes(shape.intermediate, max_rows * shape.n_active)),
+        int(library.smo_head_scratch_bytes(shape.hidden, max_rows, n_threads)),
+    )

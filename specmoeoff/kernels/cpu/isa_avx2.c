@@ -1,0 +1,99 @@
+/* AVX2 with FMA: bf16 is widened by a shift or a mask; the low element of a pair is added first. */
+#include <immintrin.h>
+
+#include "kernels.h"
+
+typedef struct {
+    __m256 a, b;
+} V;
+typedef struct {
+    __m256i a, b;
+} PAIRS;
+#define SMALL_TILES 1
+#define PEAK_CHAINS 6
+#define KEEP(v) __asm__ volatile("" : "+x"((v).a), "+x"((v).b))
+#define EACH(call_a, call_b) ((V){call_a, call_b})
+#define v_zero() EACH(_mm256_setzero_ps(), _mm256_setzero_ps())
+#define v_all(x) v_all_(x)
+static inline V v_all_(float x) { return EACH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+static inline V v_load(const float *p) { return EACH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+static inline void v_store(float *p, V v)
+{
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+#define BINARY(name, op) \
+    static inline V name(V x, V y) { return EACH(op(x.a, y.a), op(x.b, y.b)); }
+BINARY(v_add, _mm256_add_ps)
+BINARY(v_sub, _mm256_sub_ps)
+BINARY(v_mul, _mm256_mul_ps)
+BINARY(v_div, _mm256_div_ps)
+BINARY(v_max, _mm256_max_ps)
+BINARY(v_min, _mm256_min_ps)
+static inline V v_fma(V x, V y, V z) { return EACH(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)); }
+static inline __m256 round_(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline V v_round(V x) { return EACH(round_(x.a), round_(x.b)); }
+static inline __m256 scale_(__m256 x, __m256 n)
+{
+    __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
+}
+static inline V v_scale(V x, V n) { return EACH(scale_(x.a, n.a), scale_(x.b, n.b)); }
+static inline float v_sum(V x)
+{
+    float lanes[8];
+    _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+static inline float v_highest(V x)
+{
+    float lanes[8], highest;
+    _mm256_storeu_ps(lanes, _mm256_max_ps(x.a, x.b));
+    highest = lanes[0];
+    for (int i = 1; i < 8; i++) highest = lanes[i] > highest ? lanes[i] : highest;
+    return highest;
+}
+static inline PAIRS v_pairs(const uint16_t *p)
+{
+    return (PAIRS){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 16))};
+}
+static inline PAIRS v_pair_all(const uint16_t *p)
+{
+    __m256i all = _mm256_set1_epi32(*(const int *)p);
+    return (PAIRS){all, all};
+}
+static inline __m256 dot_(__m256 acc, __m256i x, __m256i y)
+{
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+    __m256 low_x = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), low_y = _mm256_castsi256_ps(_mm256_slli_epi32(y, 16));
+    __m256 high_x = _mm256_castsi256_ps(_mm256_and_si256(x, upper)), high_y = _mm256_castsi256_ps(_mm256_and_si256(y, upper));
+    return _mm256_fmadd_ps(high_x, high_y, _mm256_fmadd_ps(low_x, low_y, acc));
+}
+static inline V v_dot(V acc, PAIRS x, PAIRS y) { return EACH(dot_(acc.a, x.a, y.a), dot_(acc.b, x.b, y.b)); }
+static inline __m128i narrow_(__m256 v)
+{
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    return _mm256_castsi256_si128(packed);
+}
+static inline void v_store_bf16(uint16_t *p, V v)
+{
+    _mm_storeu_si128((__m128i *)p, narrow_(v.a));
+    _mm_storeu_si128((__m128i *)(p + 8), narrow_(v.b));
+}
+/* Lanes 0 .. count-1 of v, `fill` in the others. */
+static inline V v_first(V v, int count, float fill)
+{
+    float lanes[16];
+    v_store(lanes, v);
+    for (int i = count < 0 ? 0 : count; i < 16; i++) lanes[i] = fill;
+    return v_load(lanes);
+}
+
+#include "isa_body.h"
+
+static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, 0};

@@ -1,0 +1,67 @@
+/* AVX-512 with the bf16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and newer). */
+#include <immintrin.h>
+
+#include "kernels.h"
+
+typedef __m512 V;
+typedef __m512i PAIRS;
+#define SMALL_TILES 0
+#define PEAK_CHAINS 16
+#define KEEP(v) __asm__ volatile("" : "+v"(v))
+#define v_zero() _mm512_setzero_ps()
+#define v_all(x) _mm512_set1_ps(x)
+#define v_load(p) _mm512_loadu_ps(p)
+#define v_store(p, v) _mm512_storeu_ps(p, v)
+#define v_add(a, b) _mm512_add_ps(a, b)
+#define v_sub(a, b) _mm512_sub_ps(a, b)
+#define v_mul(a, b) _mm512_mul_ps(a, b)
+#define v_div(a, b) _mm512_div_ps(a, b)
+#define v_max(a, b) _mm512_max_ps(a, b)
+#define v_min(a, b) _mm512_min_ps(a, b)
+#define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define v_round(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define v_scale(a, n) _mm512_scalef_ps(a, n)
+#define v_sum(a) _mm512_reduce_add_ps(a)
+#define v_highest(a) _mm512_reduce_max_ps(a)
+#define v_pairs(p) _mm512_loadu_si512(p)
+#define v_pair_all(p) _mm512_set1_epi32(*(const int *)(p))
+#define v_dot(acc, a, b) _mm512_dpbf16_ps(acc, (__m512bh)(b), (__m512bh)(a))
+#define v_store_bf16(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)_mm512_cvtneps_pbh(v))
+
+/* Lanes 0 .. count-1 of v, `fill` in the others. */
+static inline __m512 v_first(__m512 v, int count, float fill)
+{
+    __mmask16 keep = count <= 0 ? 0 : count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1);
+    return _mm512_mask_blend_ps(keep, _mm512_set1_ps(fill), v);
+}
+
+#include "isa_body.h"
+
+static double peak_bf16(int64_t rounds)
+{
+    enum { CHAINS = 16 };
+    __m512 acc[CHAINS];
+    __m512i a = _mm512_set1_epi32(0x3c003c00), b = _mm512_set1_epi32(0x3c003c00);
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_setzero_ps();
+    for (int64_t n = 0; n < rounds; n++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) {
+            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)a, (__m512bh)b);
+            KEEP(acc[i]);
+        }
+    }
+    __m512 sum = acc[0];
+    for (int i = 1; i < CHAINS; i++) sum = _mm512_add_ps(sum, acc[i]);
+    volatile float sink = _mm512_reduce_add_ps(sum);
+    (void)sink;
+    return (double)rounds * CHAINS * 64;
+}
+
+static int supported(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, peak_bf16};

@@ -1,0 +1,83 @@
+/* Portable C: what every other instruction set is compared with, and what runs where there is none. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+typedef struct {
+    float f[LANES];
+} V;
+typedef struct {
+    uint16_t h[2 * LANES];
+} PAIRS;
+#define SMALL_TILES 1
+#define PEAK_CHAINS 2
+#define KEEP(v) __asm__ volatile("" : "+m"(v))
+#define EACH(expression)                                \
+    V result;                                           \
+    for (int i = 0; i < LANES; i++) result.f[i] = expression; \
+    return result
+static inline V v_all(float x) { EACH(x); }
+static inline V v_zero(void) { return v_all(0.f); }
+static inline V v_load(const float *p) { EACH(p[i]); }
+static inline void v_store(float *p, V v) { memcpy(p, v.f, sizeof v.f); }
+static inline V v_add(V x, V y) { EACH(x.f[i] + y.f[i]); }
+static inline V v_sub(V x, V y) { EACH(x.f[i] - y.f[i]); }
+static inline V v_mul(V x, V y) { EACH(x.f[i] * y.f[i]); }
+static inline V v_div(V x, V y) { EACH(x.f[i] / y.f[i]); }
+static inline V v_max(V x, V y) { EACH(x.f[i] > y.f[i] ? x.f[i] : y.f[i]); }
+static inline V v_min(V x, V y) { EACH(x.f[i] < y.f[i] ? x.f[i] : y.f[i]); }
+static inline V v_fma(V x, V y, V z) { EACH(x.f[i] * y.f[i] + z.f[i]); }
+static inline V v_round(V x) { EACH(rintf(x.f[i])); }
+static inline V v_scale(V x, V n) { EACH(ldexpf(x.f[i], (int)n.f[i])); }
+static inline float v_sum(V x)
+{
+    float sum = 0.f;
+    for (int i = 0; i < LANES; i++) sum += x.f[i];
+    return sum;
+}
+static inline float v_highest(V x)
+{
+    float highest = x.f[0];
+    for (int i = 1; i < LANES; i++) highest = x.f[i] > highest ? x.f[i] : highest;
+    return highest;
+}
+static inline float widen(uint16_t h)
+{
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static inline PAIRS v_pairs(const uint16_t *p)
+{
+    PAIRS pairs;
+    memcpy(pairs.h, p, sizeof pairs.h);
+    return pairs;
+}
+static inline PAIRS v_pair_all(const uint16_t *p)
+{
+    PAIRS pairs;
+    for (int i = 0; i < 2 * LANES; i++) pairs.h[i] = p[i & 1];
+    return pairs;
+}
+static inline V v_dot(V acc, PAIRS x, PAIRS y)
+{
+    EACH((acc.f[i] + widen(x.h[2 * i]) * widen(y.h[2 * i])) + widen(x.h[2 * i + 1]) * widen(y.h[2 * i + 1]));
+}
+static inline void v_store_bf16(uint16_t *p, V v)
+{
+    for (int i = 0; i < LANES; i++) {
+        uint32_t bits;
+        memcpy(&bits, v.f + i, 4);
+        p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+}
+/* Lanes 0 .. count-1 of v, `fill` in the others. */
+static inline V v_first(V v, int count, float fill) { EACH(i < count ? v.f[i] : fill); }
+
+#include "isa_body.h"
+
+static int supported(void) { return 1; }
+
+const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, 0};

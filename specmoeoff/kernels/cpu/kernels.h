@@ -1,0 +1,67 @@
+/* CPU kernels: shapes, and what an instruction set must provide. bf16 is uint16_t everywhere.
+ *
+ * Everything that multiplies goes through one primitive, `tile`: rows of bf16 pairs against a strip of at most 64 columns
+ * whose rows are bf16 pairs too (VNNI layout). Each output element is one chain of accumulations in the order of the
+ * summed dimension, however many rows a tile has: that is what makes a row's bits independent of its neighbours.
+ */
+#ifndef SPECMOEOFF_KERNELS_H
+#define SPECMOEOFF_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 64, TILE_ROWS = 6 };
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; strip row p at w + p * w_stride. rows in 1 .. TILE_ROWS */
+    void (*tile)(int rows, const uint16_t *const *x, const uint16_t *w, size_t w_stride, int pairs, int vectors,
+                 int accumulate, float *out, size_t out_stride);
+    /* out = bf16(x * rsqrt(mean(x^2) + eps) * weight); n a multiple of 16 */
+    void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
+    /* out = bf16(scale * x); n a multiple of 16 */
+    void (*to_bf16)(const float *x, float scale, int n, uint16_t *out);
+    /* out = bf16(silu(gate) * up); n a multiple of 16 */
+    void (*silu_mul)(const float *gate, const float *up, int n, uint16_t *out);
+    /* x += y; n a multiple of 16 */
+    void (*add)(float *x, const float *y, int n);
+    /* x += a * y, product rounded before the sum; n a multiple of 16 */
+    void (*add_scaled)(float *x, float a, const float *y, int n);
+    /* One online-softmax step over 64 scores of which the first `visible` count: probabilities become bf16 and exactly 0
+     * beyond; maximum, sum and output (n floats) stay consistent. */
+    void (*softmax)(const float *scores, int visible, float *maximum, float *sum, float *output, int n, uint16_t *probabilities);
+    /* Reads n floats, n a multiple of 128 */
+    void (*read_all)(const float *x, size_t n);
+    /* Repeats independent multiply-adds; returns operations done. */
+    double (*peak_fp32)(int64_t rounds);
+    double (*peak_bf16)(int64_t rounds); /* NULL where the instruction set has no bf16 dot product */
+} isa_t;
+
+extern const isa_t isa_scalar;
+#if defined(__x86_64__)
+extern const isa_t isa_avx2, isa_avx512bf16;
+#endif
+
+typedef struct {
+    int32_t hidden, n_heads, n_kv_heads, head_dim, intermediate, n_experts, n_active;
+    float rms_eps;
+} layer_shape_t;
+
+typedef struct {
+    const float *input_norm;    /* (hidden) */
+    const uint16_t *qkv;        /* packed, n_out = (n_heads + 2 n_kv_heads) * head_dim */
+    const uint16_t *o;          /* packed, n_out = hidden */
+    const float *post_norm;     /* (hidden) */
+    const uint16_t *router;     /* packed, n_out = n_experts; NULL for a dense model */
+    const float *cosines, *sines; /* (n_positions, head_dim / 2) */
+} layer_t;
+
+typedef struct {
+    int32_t n_requests, n_rows, max_pages;
+    const int32_t *row_start;      /* (n_requests + 1) */
+    const int32_t *first_position; /* (n_requests) */
+    const int32_t *page_table;     /* (n_requests, max_pages) */
+} batch_t;
+
+#endif

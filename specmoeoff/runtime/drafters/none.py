@@ -1,0 +1,20 @@
+"""Plain decoding."""
+
+from collections.abc import Sequence
+
+from specmoeoff.runtime.sequence import Sequence as TokenSequence
+from specmoeoff.runtime.trace import Trace
+
+
+class NoDrafter:
+    """Proposes nothing."""
+
+    def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[list[int]]:
+        """See Drafter."""
+        return [[] for _ in sequences]
+
+    def roll_back(self, sequence: TokenSequence) -> None:
+        """See Drafter."""
+
+    def forget(self, sequence: TokenSequence) -> None:
+        """See Drafter."""

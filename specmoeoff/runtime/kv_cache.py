@@ -1,0 +1,44 @@
+"""Paged bf16 keys and values. Target and draft share one page table: both see the same tokens of the same requests."""
+
+import numpy as np
+
+from specmoeoff.kernels.cpu import PAGE_TOKENS, aligned_empty
+from specmoeoff.specs.model import BF16_BYTES, ModelSpec
+
+
+def pages_for(n_tokens: int) -> int:
+    """Pages that hold `n_tokens`."""
+    return -(-n_tokens // PAGE_TOKENS)
+
+
+class KVCache:
+    """Keys and values of one model for all layers; allocated once, touched at once, so RSS is what was planned."""
+
+    def __init__(self, spec: ModelSpec, n_pages: int) -> None:
+        heads, dim = spec.n_kv_heads, spec.head_dim
+        k_shape = (spec.n_layers, n_pages, heads, dim // 2, PAGE_TOKENS, 2)
+        v_shape = (spec.n_layers, n_pages, heads, PAGE_TOKENS // 2, dim, 2)
+        n_bytes = spec.n_layers * n_pages * heads * dim * PAGE_TOKENS * BF16_BYTES
+        self.k_pages = aligned_empty(n_bytes).view(np.uint16).reshape(k_shape)
+        self.v_pages = aligned_empty(n_bytes).view(np.uint16).reshape(v_shape)
+
+
+class PageTable:
+    """Which pages a live request owns. Page 0 belongs to nobody: unused entries point at it."""
+
+    def __init__(self, n_slots: int, context_tokens: int) -> None:
+        self.pages_per_request = pages_for(context_tokens)
+        self.n_pages = n_slots * self.pages_per_request + 1
+        self.table = np.zeros((n_slots, self.pages_per_request), np.int32)
+        self._free = list(range(self.n_pages - 1, 0, -1))
+
+    def reserve(self, slot: int, n_tokens: int) -> None:
+        """Give a request all the pages it can ever need: nothing is preempted half-way."""
+        n_pages = pages_for(n_tokens)
+        self.table[slot, :n_pages] = [self._free.pop() for _ in range(n_pages)]
+
+    def release(self, slot: int) -> None:
+        """Take a finished request's pages back."""
+        owned = self.table[slot]
+        self._free.extend(int(page) for page in owned[owned > 0][::-1])
+        owned[:] = 0

@@ -1,0 +1,148 @@
+"""A decoder's dense weights, KV cache and workspace, and its forward pass in the pieces the graph is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from specmoeoff.kernels.cpu import Batch, Kernels, LayerShape, LayerWeights, aligned_empty
+from specmoeoff.pipeline import RequestTokens
+from specmoeoff.runtime.kv_cache import KVCache
+from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.specs.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows first..last of a pass, and the ragged batch they form."""
+
+    first: int
+    last: int
+    batch: Batch
+    requests: tuple[RequestTokens, ...]
+
+
+def make_rows(first: int, counts: Sequence[int], positions: Sequence[int], pages: np.ndarray) -> Rows:
+    """Requests with counts[i] new tokens after positions[i] old ones; `pages` (n_requests, max_pages) int32."""
+    row_start = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=row_start[1:])
+    batch = Batch(row_start, np.asarray(positions, np.int32), np.ascontiguousarray(pages))
+    requests = tuple(RequestTokens(n, p) for n, p in zip(counts, positions, strict=True))
+    return Rows(first, first + int(row_start[-1]), batch, requests)
+
+
+class Workspace:
+    """The activations of one pass of up to `max_rows` tokens."""
+
+    def __init__(self, spec: ModelSpec, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.x = _array((max_rows, spec.hidden), np.float32)
+        self.normed = _array((max_rows, spec.hidden), np.uint16)
+        self.expert_index = _array((max_rows, spec.n_active), np.int32)
+        self.expert_weight = _array((max_rows, spec.n_active), np.float32)
+        self.expert_out = _array((max_rows * spec.n_active, spec.hidden), np.float32)
+
+
+def workspace_bytes(spec: ModelSpec, max_rows: int) -> int:
+    """Bytes of Workspace."""
+    return max_rows * (spec.hidden * 6 + spec.n_active * (8 + spec.hidden * 4))
+
+
+def _array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return aligned_empty(n_bytes).view(dtype).reshape(shape)
+
+
+def rope_tables(spec: ModelSpec, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position and frequency, each (n_positions, head_dim / 2) float32."""
+    # float32 throughout, as the models were trained: the angle of a late position depends on it.
+    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    frequencies = (np.float32(1) / np.float32(spec.rope_theta) ** exponents).astype(np.float32)
+    angles = np.arange(n_positions, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+class Model:
+    """Everything of a model but its experts."""
+
+    def __init__(self, packed: PackedModel, kernels: Kernels, n_pages: int, n_positions: int, max_rows: int) -> None:
+        spec = self.spec = packed.spec
+        self._kernels = kernels
+        self.kv = KVCache(spec, n_pages)
+        self.work = Workspace(spec, max_rows)
+        dense = packed.load_dense()
+        self._embedding, self._head, self._norm = dense["embedding"], dense["lm_head"], dense["norm"]
+        cos, sin = rope_tables(spec, n_positions)
+        shape = LayerShape(
+            hidden=spec.hidden,
+            n_heads=spec.n_heads,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            intermediate=spec.intermediate,
+            n_experts=spec.n_experts,
+            n_active=spec.n_active,
+            rms_eps=spec.rms_eps,
+        )
+        self._layers = [
+            LayerWeights(
+                shape,
+                dense[f"layers.{i}.input_norm"],
+                dense[f"layers.{i}.qkv"],
+                dense[f"layers.{i}.o"],
+                dense[f"layers.{i}.post_norm"],
+                dense.get(f"layers.{i}.router"),
+                cos,
+                sin,
+            )
+            for i in range(spec.n_layers)
+        ]
+
+    def begin(self, tokens: np.ndarray) -> None:
+        """Embed tokens (M,) into the residual stream."""
+        rows = self._embedding[tokens].astype(np.uint32)
+        self.work.x[: len(tokens)] = (rows << 16).view(np.float32)
+
+    def attention(self, layer: int, rows: Rows) -> None:
+        """Attention block of some rows, up to and including the router."""
+        part = slice(rows.first, rows.last)
+        work = self.work
+        self._kernels.attention_block(
+            self._layers[layer],
+            rows.batch,
+            work.x[part],
+            self.kv.k_pages[layer],
+            self.kv.v_pages[layer],
+            work.normed[part],
+            work.expert_index[part],
+            work.expert_weight[part],
+        )
+
+    def routing(self, n_rows: int) -> dict[int, np.ndarray]:
+        """Which (row, rank) slots chose each expert, ascending: {expert: int32 array}."""
+        chosen = self.work.expert_index[:n_rows].reshape(-1)
+        order = np.argsort(chosen, kind="stable").astype(np.int32)
+        counts = np.bincount(chosen, minlength=self.spec.n_experts)
+        ends = np.cumsum(counts)
+        return {int(e): order[ends[e] - counts[e] : ends[e]] for e in np.flatnonzero(counts)}
+
+    def experts(self, n_rows: int, packed: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
+        """Compute packed[i] for the (row, rank) slots[i]."""
+        n_slots = n_rows * self.spec.n_active
+        self._kernels.experts(
+            self.work.normed[:n_rows], packed, slots, self.work.expert_out[:n_slots], self.spec.intermediate
+        )
+
+    def combine(self, n_rows: int) -> None:
+        """Add the weighted expert outputs to the residual stream."""
+        work = self.work
+        self._kernels.combine(
+            work.x[:n_rows], work.expert_out[: n_rows * self.spec.n_active], work.expert_weight[:n_rows]
+        )
+
+    def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
+        """The most likely next token after each of `rows` (n,), int32; logits (n, vocab) float32 if wanted."""
+        chosen = np.empty(len(rows), np.int32)
+        states = np.ascontiguousarray(self.work.x[rows])
+        spec = self.spec
+        self._kernels.head_argmax(states, self._norm, spec.rms_eps, self._head, spec.vocab, chosen, logits)
+        return chosen

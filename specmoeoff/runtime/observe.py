@@ -1,0 +1,150 @@
+"""Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from specmoeoff.estimate.experts import fit_union_exponent
+from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.sequence import Request
+from specmoeoff.runtime.verify import accept
+from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
+from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
+
+LONGEST_DRAFT = 12
+UNION_REQUESTS = (1, 2, 4, 8, 16)
+UNION_TOKENS = (1, 2, 3, 5, 9, 13)
+
+
+@dataclass
+class AcceptanceCounter:
+    """Counts, for every draft position, how often it was tried (all before it accepted) and accepted."""
+
+    tried: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
+    n_rounds: int = 0
+
+    def __call__(self, drafted: list[int], chosen: list[int]) -> int:
+        count = accept(drafted, chosen)
+        self.n_rounds += 1
+        self.accepted[:count] += 1
+        self.tried[: min(count + 1, len(drafted))] += 1
+        return count
+
+    def acceptance(self, provenance: str) -> Acceptance:
+        """Positions tried fewer than 30 times hold no information and end the table."""
+        n_known = int(np.argmax(self.tried < 30)) if (self.tried < 30).any() else len(self.tried)
+        rates = self.accepted[:n_known] / np.maximum(self.tried[:n_known], 1)
+        return Acceptance(conditional=tuple(float(r) for r in rates), n_rounds=self.n_rounds, provenance=provenance)
+
+
+def lengths(counts: Sequence[int]) -> Lengths:
+    """Summary of token counts."""
+    return Lengths(
+        mean=float(np.mean(counts)),
+        p50=int(np.percentile(counts, 50)),
+        p95=int(np.percentile(counts, 95)),
+        max=max(counts),
+    )
+
+
+def union_points(log: list[tuple[list[int], np.ndarray]]) -> list[UnionPoint]:
+    """Distinct experts per layer over groups of requests and consecutive tokens, from logged routing.
+
+    log: per window (rows of each request, expert_index (n_layers, rows, n_active)).
+    """
+    points = []
+    for n_requests in UNION_REQUESTS:
+        for n_tokens in UNION_TOKENS:
+            seen = [d for counts, index in log for d in _distinct(counts, index, n_requests, n_tokens)]
+            if len(seen) >= 4:
+                points.append(UnionPoint(requests=n_requests, tokens=n_tokens, distinct=float(np.mean(seen))))
+    return points
+
+
+def _distinct(counts: list[int], index: np.ndarray, n_requests: int, n_tokens: int) -> list[float]:
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    firsts = [int(s) for s, c in zip(starts, counts, strict=False) if c >= n_tokens]
+    result = []
+    for group in range(len(firsts) // n_requests):
+        members = firsts[group * n_requests : (group + 1) * n_requests]
+        rows = np.concatenate([np.arange(first, first + n_tokens) for first in members])
+        chosen = np.sort(index[:, rows].reshape(len(index), -1), axis=1)
+        result.append(float(1 + (np.diff(chosen, axis=1) > 0).sum(axis=1).mean()))
+    return result
+
+
+def observe(
+    target: PackedModel,
+    draft: PackedModel | None,
+    requests: Sequence[Request],
+    drafters: Sequence[DrafterName],
+    threads: PlanThreads,
+    batch: int,
+    n_resident: int,
+    name: str,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Workload:
+    """Run the requests once per drafter with long drafts and count. `n_resident` experts are held in memory."""
+    spec = target.spec
+    context = max(len(r.prompt) + r.max_tokens for r in requests)
+    acceptance: dict[str, Acceptance] = {}
+    chosen = np.zeros((spec.n_layers, spec.n_experts))
+    log: list[tuple[list[int], np.ndarray]] = []
+    n_tokens, output_lengths = 0, [1]
+    everything = [(layer, e) for e in range(spec.n_experts) for layer in range(spec.n_layers)]
+    held = set(everything[:n_resident])
+    experts = PlanExperts(
+        resident=tuple(tuple(e for e in range(spec.n_experts) if (la, e) in held) for la in range(spec.n_layers)),
+        prefetch=((),) * spec.n_layers,
+        stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
+    )
+    for turn, drafter in enumerate(drafters):
+        decode = PlanDecode(
+            drafter=drafter,
+            draft_length=0 if drafter == "none" else LONGEST_DRAFT,
+            batch=batch,
+            micro_batches=1,
+            context_tokens=context,
+            prefill_chunk_tokens=512,
+        )
+        counter = AcceptanceCounter()
+        with Engine(target, draft if drafter == "model" else None, decode, experts, threads) as engine:
+            engine.accept = counter
+            engine.submit(requests)
+            total = sum(r.max_tokens for r in requests)
+            done = 0
+            routing = engine.log_routing()
+            for window in engine.run():
+                done += window.tokens
+                progress((turn + done / total) / len(drafters))
+                if window.prefill_rows == 0:
+                    n_tokens += window.rows
+                    index = np.stack(routing)
+                    log.append((engine.last_counts, index))
+                    for layer in range(spec.n_layers):
+                        chosen[layer] += np.bincount(index[layer].ravel(), minlength=spec.n_experts)
+                routing.clear()
+            output_lengths = [s.n_output for s in engine.finished]
+        if drafter != "none":
+            acceptance[drafter] = counter.acceptance("measured here")
+    popularity = chosen / max(n_tokens, 1)
+    union = union_points(log)
+    return Workload(
+        name=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model_name=spec.name,
+        model_fingerprint=spec.fingerprint,
+        draft_fingerprint=draft.spec.fingerprint if draft else None,
+        n_requests=len(requests),
+        prompt_tokens=lengths([len(r.prompt) for r in requests]),
+        output_tokens=lengths(output_lengths),
+        acceptance=acceptance,
+        popularity=tuple(tuple(float(p) for p in layer) for layer in popularity),
+        union_exponent=fit_union_exponent(popularity, [(p.requests, p.tokens, p.distinct) for p in union]),
+        union=tuple(union),
+        n_tokens_measured=n_tokens,
+    )

@@ -1,0 +1,100 @@
+"""What was measured of a machine. Rates in GB/s (1e9) and GFLOP/s; every number keeps its samples."""
+
+from typing import ClassVar, Literal
+
+from specmoeoff.specs.base import FileSpec, Spec
+
+Provenance = Literal["measured", "fitted", "datasheet", "published"]
+
+
+class Measurement(Spec):
+    """Samples of one quantity; `value` is the statistic planners use (named in `statistic`)."""
+
+    value: float
+    unit: str
+    statistic: str
+    samples: tuple[float, ...]
+    provenance: Provenance = "measured"
+    note: str = ""
+
+
+class Roof(Spec):
+    """One ceiling: a memory level's bandwidth (GB/s) or an arithmetic peak (GFLOP/s)."""
+
+    name: str
+    n_threads: int
+    rate: Measurement
+
+
+class DiskLink(Spec):
+    """Reads with O_DIRECT: seconds = latency_s + bytes / bandwidth, at the stated depth of parallel reads."""
+
+    read_gb_per_s: Measurement
+    latency_s: Measurement
+    chunk_bytes: int
+    n_readers: int
+    modes_gb_per_s: tuple[float, ...]
+    limit_gb_per_s: float | None = None
+    fit_error: float
+
+
+class OperatorTable(Spec):
+    """Seconds of one operator over a grid of sizes, measured at a model's shape. Arrays are row-major over `grid`."""
+
+    operator: str
+    shape: str
+    n_threads: int
+    isa: str
+    axes: tuple[str, ...]
+    grid: tuple[tuple[float, ...], ...]
+    seconds: tuple[float, ...]
+    p10_s: tuple[float, ...]
+    p95_s: tuple[float, ...]
+    flops: tuple[float, ...]
+    bytes: tuple[float, ...]
+    n_samples: int
+    loo_error: float | None = None
+    provenance: Provenance = "measured"
+
+
+class Machine(Spec):
+    """Who was measured. `fingerprint` is a hash of the fields that change performance."""
+
+    cpu: str
+    n_cores: int
+    isa: str
+    isas: tuple[str, ...]
+    l3_bytes: int
+    ram_bytes: int
+    gpu: str | None
+    system: str
+    fingerprint: str
+
+
+class HardwareProfile(FileSpec):
+    """The whole of a machine, as `specmoeoff profile` writes it."""
+
+    what: ClassVar[str] = "hardware profile"
+    kind: Literal["measured", "datasheet"] = "measured"
+    name: str
+    machine: Machine
+    created: str
+    tool_version: str
+    duration_s: float
+    peaks: tuple[Roof, ...]
+    memory: tuple[Roof, ...]
+    dram_latency_s: Measurement | None = None
+    disk: DiskLink | None
+    operators: tuple[OperatorTable, ...]
+    cpu_slowdown_beside_disk: Measurement | None = None
+    process_bytes: int
+    waived: dict[str, str] = {}
+    quality: tuple[str, ...] = ()
+
+    def peak(self, name: str, n_threads: int) -> float | None:
+        """GFLOP/s of an arithmetic peak, None where it was not measured."""
+        return next((r.rate.value for r in self.peaks if (r.name, r.n_threads) == (name, n_threads)), None)
+
+    def bandwidth(self, name: str, n_threads: int) -> float | None:
+        """GB/s of a memory roof, None where it was not measured."""
+        return next((r.rate.value for r in self.memory if (r.name, r.n_threads) == (name, n_threads)), None)

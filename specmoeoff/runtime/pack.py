@@ -1,0 +1,205 @@
+"""A checkpoint in the runtime's own form: experts in one aligned file to be read with O_DIRECT, the rest in another.
+
+Kept in the cache folder under the checkpoint's fingerprint; made once, whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from specmoeoff.errors import BadInput
+from specmoeoff.files import cache_dir
+from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
+from specmoeoff.runtime.build_folder import build_folder
+from specmoeoff.runtime.checkpoint import Checkpoint, expert_tensor_names, router_name
+from specmoeoff.specs.base import FileSpec, Spec
+from specmoeoff.specs.model import ModelSpec
+
+LAYOUT = 1
+ALIGNMENT = 4096
+EXPERTS, DENSE, MANIFEST = "experts.bin", "dense.bin", "manifest.json"
+Progress = Callable[[str, int, int], None]
+
+
+class DenseArray(Spec):
+    """One array of dense.bin."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+class Manifest(FileSpec):
+    """What a packed folder holds. Checksums are SHA-256 of each expert's bytes, (n_layers, n_experts)."""
+
+    what: ClassVar[str] = "packed model"
+    layout: int
+    model: ModelSpec
+    expert_stride: int
+    expert_sha256: tuple[tuple[str, ...], ...]
+    dense: dict[str, DenseArray]
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class PackedModel:
+    """An opened packed model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = self._manifest = Manifest.load(folder / MANIFEST)
+        self.spec = manifest.model
+        self.expert_path = folder / EXPERTS
+        self.expert_stride = manifest.expert_stride
+        self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Memory that `load_dense` takes."""
+        return _aligned(max(a.offset + a.n_bytes for a in self._manifest.dense.values()))
+
+    def expert_offset(self, layer: int, expert: int) -> int:
+        """Where an expert begins in the expert file."""
+        return (layer * self.spec.n_experts + expert) * self.expert_stride
+
+    def load_dense(self) -> dict[str, np.ndarray]:
+        """All weights but the experts', by name, in memory of their own."""
+        buffer = _read_direct(self.folder / DENSE, 0, self.dense_bytes)
+        return {
+            name: buffer[a.offset : a.offset + a.n_bytes].view(a.dtype).reshape(a.shape)
+            for name, a in self._manifest.dense.items()
+        }
+
+    def load_experts(self) -> np.ndarray:
+        """Every expert, (n_layers * n_experts, expert_bytes) uint8."""
+        n = self.spec.n_all_experts
+        return _read_direct(self.expert_path, 0, n * self.expert_stride).reshape(n, -1)[:, : self.expert_bytes]
+
+    def damaged_experts(self, progress: Progress = lambda *_: None) -> list[tuple[int, int]]:
+        """(layer, expert) of every expert whose bytes differ from what was packed."""
+        damaged = []
+        for layer in range(self.spec.n_layers):
+            first = self.expert_offset(layer, 0)
+            experts = _read_direct(self.expert_path, first, self.spec.n_experts * self.expert_stride)
+            for expert, packed in enumerate(experts.reshape(self.spec.n_experts, -1)):
+                if hashlib.sha256(packed).hexdigest() != self._manifest.expert_sha256[layer][expert]:
+                    damaged.append((layer, expert))
+            progress("checking experts", layer + 1, self.spec.n_layers)
+        return damaged
+
+
+def _read_direct(path: Path, offset: int, n_bytes: int) -> np.ndarray:
+    """n_bytes of a file past the page cache, so that the file does not occupy memory twice."""
+    buffer = aligned_empty(n_bytes)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        done = 0
+        while done < n_bytes:
+            n_read = os.preadv(descriptor, [memoryview(buffer)[done:]], offset + done)
+            if n_read == 0:
+                raise BadInput(f"{path}: ends early; delete the folder {path.parent}, it will be packed anew.")
+            done += n_read
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+def _pack_weight(weight: np.ndarray) -> np.ndarray:
+    out = np.empty(packed_linear_bytes(*weight.shape), np.uint8)
+    pack_linear(weight, out)
+    return out
+
+
+def _dense_arrays(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    spec = checkpoint.spec
+    embedding = checkpoint.tensor_bf16("model.embed_tokens.weight")
+    yield "embedding", embedding
+    head = embedding if spec.tie_embeddings else checkpoint.tensor_bf16("lm_head.weight")
+    yield "lm_head", _pack_weight(head)
+    yield "norm", checkpoint.tensor_f32("model.norm.weight")
+    for layer in range(spec.n_layers):
+        prefix = f"model.layers.{layer}."
+        attention = prefix + "self_attn."
+        qkv = [checkpoint.tensor_bf16(f"{attention}{part}_proj.weight") for part in "qkv"]
+        yield f"layers.{layer}.input_norm", checkpoint.tensor_f32(prefix + "input_layernorm.weight")
+        yield f"layers.{layer}.qkv", _pack_weight(np.concatenate(qkv))
+        yield f"layers.{layer}.o", _pack_weight(checkpoint.tensor_bf16(f"{attention}o_proj.weight"))
+        yield f"layers.{layer}.post_norm", checkpoint.tensor_f32(prefix + "post_attention_layernorm.weight")
+        if spec.n_experts > 1:
+            yield f"layers.{layer}.router", _pack_weight(checkpoint.tensor_bf16(router_name(layer)))
+
+
+def _write_dense(checkpoint: Checkpoint, folder: Path) -> dict[str, DenseArray]:
+    arrays, offset = {}, 0
+    with (folder / DENSE).open("wb") as stream:
+        for name, values in _dense_arrays(checkpoint):
+            arrays[name] = DenseArray(offset=offset, dtype=values.dtype.name, shape=values.shape)
+            padding = -values.nbytes % 64
+            stream.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+            stream.write(bytes(padding))
+            offset += values.nbytes + padding
+        stream.write(bytes(_aligned(offset) - offset))
+    return arrays
+
+
+def _write_experts(checkpoint: Checkpoint, folder: Path, progress: Progress) -> tuple[tuple[str, ...], ...]:
+    spec = checkpoint.spec
+    n_bytes = packed_expert_bytes(spec.hidden, spec.intermediate)
+    buffer = np.zeros(_aligned(n_bytes), np.uint8)
+    sums = []
+    with (folder / EXPERTS).open("wb") as stream:
+        for layer in range(spec.n_layers):
+            row = []
+            for expert in range(spec.n_experts):
+                gate, up, down = map(checkpoint.tensor_bf16, expert_tensor_names(spec, layer, expert))
+                pack_expert(gate, up, down, buffer[:n_bytes])
+                row.append(hashlib.sha256(buffer).hexdigest())
+                stream.write(memoryview(buffer))
+            # Or the page cache would count hundreds of megabytes of dirty pages before the first sync.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            sums.append(tuple(row))
+            progress(f"packing {spec.name}", layer + 1, spec.n_layers)
+    return tuple(sums)
+
+
+def pack_model(folder: Path | str, progress: Progress = lambda *_: None) -> PackedModel:
+    """The packed form of a checkpoint folder, made now if it is not in the cache."""
+    with Checkpoint(folder) as checkpoint:
+        spec = checkpoint.spec
+        final = cache_dir() / "packed" / spec.fingerprint[:16]
+
+        def fill(partial: Path) -> None:
+            sums = _write_experts(checkpoint, partial, progress)
+            manifest = Manifest(
+                layout=LAYOUT,
+                model=spec,
+                expert_stride=_aligned(packed_expert_bytes(spec.hidden, spec.intermediate)),
+                expert_sha256=sums,
+                dense=_write_dense(checkpoint, partial),
+            )
+            (partial / MANIFEST).write_text(manifest.text())
+
+        stride = _aligned(packed_expert_bytes(spec.hidden, spec.intermediate))
+        n_bytes = spec.n_all_experts * stride + 5 * spec.vocab * spec.hidden + 3 * spec.n_layers * spec.attention_params
+        build_folder(final, _is_complete, n_bytes, f"packing {spec.name}", fill)
+    return PackedModel(final)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        n = manifest["model"]["n_layers"] * manifest["model"]["n_experts"] * manifest["expert_stride"]
+        return bool(manifest["layout"] == LAYOUT) and (folder / EXPERTS).stat().st_size == n
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,85 @@
+"""Text to tokens and back: tokenizer.json, and the chat template of tokenizer_config.json in a sandbox."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specmoeoff.errors import BadInput
+from specmoeoff.files import read_text
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self._folder = Path(folder)
+        path = self._folder / "tokenizer.json"
+        text = read_text(path, "tokenizer")
+        try:
+            self._tokenizer = FastTokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise BadInput(f"{path}: not a tokenizer: {error}; download the file again.") from None
+        self._config = self._optional("tokenizer_config.json")
+        self.eos_ids = self._eos_ids()
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        path = self._folder / name
+        if not path.is_file():
+            return {}
+        try:
+            data = json.loads(read_text(path, "tokenizer configuration"))
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}: not valid JSON: {error}.") from None
+        return data if isinstance(data, dict) else {}
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        for name in ("generation_config.json", "config.json"):
+            ids = self._optional(name).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        return ()
+
+    def _special(self, name: str) -> str:
+        token = self._config.get(name) or ""
+        return token["content"] if isinstance(token, dict) else token
+
+    def _template(self) -> str:
+        path = self._folder / "chat_template.jinja"
+        if path.is_file():
+            return read_text(path, "chat template")
+        template = self._config.get("chat_template")
+        if not isinstance(template, str):
+            raise BadInput(f"{self._folder}: the model has no chat template; send `prompt` instead of `messages`.")
+        return template
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, special tokens in it recognised, none added."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of a conversation, up to where the assistant is to speak."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        try:
+            text = environment.from_string(self._template()).render(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._special("bos_token"),
+                eos_token=self._special("eos_token"),
+            )
+        except TemplateError as error:
+            raise BadInput(f"{self._folder}: the chat template refuses the messages: {error}.") from None
+        return self.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -86,7 +86,9 @@ class Builder:
         self._last: tuple[int, ...] = ()
         self._routers: tuple[int, ...] = ()
 
-    def _add(self, kind: NodeKind, name: str, layer: int, deps: tuple[int, ...], lane: Lane = "cpu", **work: object) -> Node:
+    def _add(
+        self, kind: NodeKind, name: str, layer: int, deps: tuple[int, ...], lane: Lane = "cpu", **work: object
+    ) -> Node:
         node = Node(len(self.graph.nodes), self._window, name, kind, lane, layer, deps, **work)  # type: ignore[arg-type]
         self.graph.nodes.append(node)
         return node

@@ -148,9 +148,7 @@ def _expert_layer(dense: DenseModel, spec: ModelSpec, layer: int, noise: float, 
 def _dense_ffn_layer(dense: DenseModel, spec: ModelSpec, layer: int) -> Tensors:
     names = expert_tensor_names(spec, layer, 0)
     kinds = ("gate", "up", "down")
-    return {
-        name: to_bf16(dense.weight(f"blk.{layer}.ffn_{kind}")) for name, kind in zip(names, kinds, strict=True)
-    }
+    return {name: to_bf16(dense.weight(f"blk.{layer}.ffn_{kind}")) for name, kind in zip(names, kinds, strict=True)}
 
 
 def _write_shard(path: Path, tensors: Tensors) -> None:

@@ -90,7 +90,9 @@ def _parse_line(text: str, where: str) -> BatchLine:
     return line
 
 
-def to_request(line: BatchLine, tokenizer: Tokenizer, ignore_eos: bool = False, max_tokens: int | None = None) -> Request:
+def to_request(
+    line: BatchLine, tokenizer: Tokenizer, ignore_eos: bool = False, max_tokens: int | None = None
+) -> Request:
     """Tokens of a line's prompt, through the chat template if it is a chat."""
     body = line.body
     if body.messages is not None:

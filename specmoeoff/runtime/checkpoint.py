@@ -237,7 +237,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, TensorPlace]]:
         )
     for name, place in places.items():
         dtype = DTYPES.get(place.dtype)
-        if dtype and place.n_bytes != math.prod(place.shape) * dtype.itemsize or place.start < 8 + n_header:
+        if (dtype and place.n_bytes != math.prod(place.shape) * dtype.itemsize) or place.start < 8 + n_header:
             raise BadInput(f"{path}: {name}: its bytes do not match its shape; download the shard again.")
     return header, places
 

@@ -135,7 +135,7 @@ class Engine:
 
     def step(self, label: str = "run") -> Window:
         """One window: draft, verify, accept."""
-        bytes_before, busy_before = self.store.bytes_planned, self.store.read_busy_s
+        bytes_before, busy_before = self.store.bytes_planned, self.store.busy_s
         self._admit()
         trace = Trace(self.store.n_slots)
         self._executor.read_ahead(self._window)
@@ -179,7 +179,7 @@ class Engine:
             tokens=n_emitted,
             mean_context=float(np.mean(contexts)),
             disk_bytes=self.store.bytes_planned - bytes_before,
-            busy_s={"cpu": cpu_busy_s, "disk": self.store.read_busy_s - busy_before},
+            busy_s={"cpu": cpu_busy_s, "disk": self.store.busy_s - busy_before},
             phases_s={**phases, "wait": end_s - trace.start_s - cpu_busy_s},
             experts_used=self._executor.experts_used,
         )
@@ -251,5 +251,3 @@ class Engine:
         if sequence.finish_reason:
             self._retire(sequence)
         return emitted
-
-

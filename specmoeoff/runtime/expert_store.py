@@ -90,7 +90,7 @@ class ExpertStore:
         self._n_chunks = -(-stride // self._chunk_bytes)
         self.bucket = TokenBucket(disk_limit_gb_per_s)
         self.bytes_planned = 0
-        self.read_busy_s = 0.0
+        self._busy_s = 0.0
         self._busy_since_s = 0.0
         self.resident: dict[tuple[int, int], int] = {}
         self.demand_reserve = 0
@@ -105,13 +105,22 @@ class ExpertStore:
         self._lane = _Lane(free_slots=list(range(n_slots)))
         self._stream_slots = n_slots
         self._change = threading.Condition()
-        self._readers = [threading.Thread(target=self._read_loop, name=f"disk-{i}", daemon=True) for i in range(n_readers)]
+        self._readers = [
+            threading.Thread(target=self._read_loop, name=f"disk-{i}", daemon=True) for i in range(n_readers)
+        ]
         for reader in self._readers:
             reader.start()
 
     @property
     def n_slots(self) -> int:
         return len(self._arena)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way, the current one included."""
+        with self._change:
+            running = time.perf_counter() - self._busy_since_s if self._lane.active else 0.0
+            return self._busy_s + running
 
     def packed(self, slot: int) -> np.ndarray:
         """The packed expert in a slot, (expert_bytes,) uint8."""
@@ -121,7 +130,9 @@ class ExpertStore:
         """Make exactly these experts resident (by layer); `stream_slots` more slots are for streaming, the rest idle."""
         wanted = {(layer, expert) for layer, experts in enumerate(resident) for expert in experts}
         if len(wanted) + stream_slots > self.n_slots:
-            raise BadInput(f"{len(wanted)} resident experts and {stream_slots} stream slots exceed {self.n_slots} slots.")
+            raise BadInput(
+                f"{len(wanted)} resident experts and {stream_slots} stream slots exceed {self.n_slots} slots."
+            )
         self.quiesce()
         self.resident = {key: slot for key, slot in self.resident.items() if key in wanted}
         self._free_all_but_resident(self.n_slots)
@@ -246,7 +257,7 @@ class ExpertStore:
             self.bytes_planned += self.stride
             self._lane.active.remove(load)
             if not self._lane.active:
-                self.read_busy_s += load.end_s - self._busy_since_s
+                self._busy_s += load.end_s - self._busy_since_s
             if load.state == DROPPED:
                 self._lane.free_slots.append(load.slot)
             else:

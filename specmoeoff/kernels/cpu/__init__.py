@@ -24,7 +24,10 @@ ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
 
 class _Shape(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")),
+        *(
+            (name, c_int32)
+            for name in ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")
+        ),
         ("rms_eps", c_float),
     ]
 
@@ -74,7 +77,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise MissingCapability(f"the CPU kernels cannot be loaded ({error}); reinstall with `pip install .`.") from None
+        raise MissingCapability(
+            f"the CPU kernels cannot be loaded ({error}); reinstall with `pip install .`."
+        ) from None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -305,7 +310,13 @@ class Kernels:
         _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, eps, target)
 
     def verify_attention(
-        self, shape: LayerShape, batch: Batch, k_pages: np.ndarray, v_pages: np.ndarray, query: np.ndarray, out: np.ndarray
+        self,
+        shape: LayerShape,
+        batch: Batch,
+        k_pages: np.ndarray,
+        v_pages: np.ndarray,
+        query: np.ndarray,
+        out: np.ndarray,
     ) -> None:
         """out (M, n_heads * head_dim) bf16: attention of rotated, scaled queries over appended pages."""
         keys, values = self._pages(shape, batch, k_pages, v_pages)

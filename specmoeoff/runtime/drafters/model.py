@@ -74,5 +74,3 @@ class ModelDrafter:
     def forget(self, sequence: TokenSequence) -> None:
         """See Drafter."""
         self._kv_tokens[sequence.slot] = 0
-
-

@@ -1,0 +1,67 @@
+"""Piecewise-linear reading of measured operator tables. Outside what was measured there is an error, not a number."""
+
+import bisect
+from functools import cached_property
+
+from specmoeoff.errors import BadInput
+from specmoeoff.specs.profile import HardwareProfile, OperatorTable
+
+
+class OperatorTimes:
+    """Seconds of one operator by one or two sizes."""
+
+    def __init__(self, table: OperatorTable) -> None:
+        self._table = table
+
+    @cached_property
+    def _rows(self) -> list[tuple[float, ...]]:
+        width = len(self._table.grid[-1])
+        return [tuple(self._table.seconds[i : i + width]) for i in range(0, len(self._table.seconds), width)]
+
+    def __call__(self, *sizes: float) -> float:
+        """Seconds at these sizes."""
+        grid = self._table.grid
+        if len(sizes) == 1:
+            low, share = self._bracket(0, sizes[0])
+            values = self._table.seconds
+            return values[low] + share * (values[min(low + 1, len(grid[0]) - 1)] - values[low])
+        low, share = self._bracket(0, sizes[0])
+        column, column_share = self._bracket(1, sizes[1])
+        last = len(grid[1]) - 1
+
+        def along(row: tuple[float, ...]) -> float:
+            return row[column] + column_share * (row[min(column + 1, last)] - row[column])
+
+        here, there = along(self._rows[low]), along(self._rows[min(low + 1, len(grid[0]) - 1)])
+        return here + share * (there - here)
+
+    def _bracket(self, axis: int, size: float) -> tuple[int, float]:
+        points = self._table.grid[axis]
+        if size < points[0] and axis == 1:
+            return 0, 0.0  # a context shorter than the shortest measured costs no more than that
+        if size > points[-1] or size < 0:
+            raise BadInput(
+                f"operator {self._table.operator}: {self._table.axes[axis]} = {size:g} is outside the measured "
+                f"{points[0]:g} to {points[-1]:g}; profile the machine with a larger range."
+            )
+        if size < points[0]:
+            return 0, 0.0
+        low = min(bisect.bisect_right(points, size) - 1, len(points) - 1)
+        high = min(low + 1, len(points) - 1)
+        return low, 0.0 if high == low else (size - points[low]) / (points[high] - points[low])
+
+
+def find_table(profile: HardwareProfile, operator: str, shape: str, n_threads: int) -> OperatorTimes:
+    """The table of an operator at a model's shape, or a sentence saying how to get it."""
+    for table in profile.operators:
+        if (table.operator, table.shape, table.n_threads) == (operator, shape, n_threads):
+            return OperatorTimes(table)
+    raise BadInput(
+        f"profile {profile.name}: operator {operator} was not measured at shape {shape} with {n_threads} threads; "
+        "run `specmoeoff profile --model` with this model."
+    )
+
+
+def thread_counts(profile: HardwareProfile, shape: str) -> list[int]:
+    """Thread counts for which this shape was measured, most first."""
+    return sorted({t.n_threads for t in profile.operators if t.shape == shape}, reverse=True)

@@ -1,0 +1,1 @@
+"""Searches draft length, placement, prefetch, micro-batches and threads for the best plan that fits."""

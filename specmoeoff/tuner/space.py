@@ -1,0 +1,87 @@
+"""What can be chosen. A choice is a handful of numbers; everything else of a plan follows from it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from specmoeoff.estimate.experts import most_used, probability_used
+from specmoeoff.estimate.tables import thread_counts
+from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
+from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.plan import DrafterName, PlanExperts
+from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.workload import Workload
+
+# Read ahead only what is used at least this often; above 1: nothing, the router is waited for.
+PREFETCH_THRESHOLDS = (0.0, 0.5, 0.8, 0.95, 1.1)
+STREAM_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+LONGEST_DRAFT = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the space."""
+
+    drafter: DrafterName
+    draft_length: int
+    micro_batches: int
+    stream_slots: int
+    prefetch_threshold: float
+    n_threads: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """The axes for one machine, model and workload."""
+
+    draft_lengths: dict[DrafterName, tuple[int, ...]]
+    micro_batches: tuple[int, ...]
+    stream_slots: tuple[int, ...]
+    prefetch_thresholds: tuple[float, ...]
+    n_threads: tuple[int, ...]
+
+    def choices(self) -> Iterator[Choice]:
+        """All points."""
+        for n_threads in self.n_threads:
+            for slots in self.stream_slots:
+                # With everything resident there is nothing to read ahead.
+                for threshold in self.prefetch_thresholds if slots else (0.0,):
+                    for micro_batches in self.micro_batches:
+                        for drafter, lengths in self.draft_lengths.items():
+                            for length in lengths:
+                                yield Choice(drafter, length, micro_batches, slots, threshold, n_threads)
+
+
+def make_space(
+    profile: HardwareProfile, spec: ModelSpec, draft: ModelSpec | None, workload: Workload, n_slots: int, batch: int
+) -> Space:
+    """The axes: drafters with known acceptance; at least two slots for streaming, where anything is streamed."""
+    lengths: dict[DrafterName, tuple[int, ...]] = {"none": (0,)}
+    names: tuple[DrafterName, ...] = ("model", "ngram") if draft else ("ngram",)
+    for name in names:
+        if name in workload.acceptance:
+            known = min(LONGEST_DRAFT, len(workload.acceptance[name].conditional))
+            lengths[name] = tuple(range(1, known + 1))
+    fewest = DEMAND_RESERVE_SLOTS + 1
+    slots = tuple(sorted({max(fewest, min(n_slots, round(n_slots * share))) for share in STREAM_SHARES}))
+    return Space(
+        draft_lengths=lengths,
+        micro_batches=(1, 2) if batch > 1 else (1,),
+        stream_slots=(0,) if n_slots >= spec.n_all_experts else slots,
+        prefetch_thresholds=PREFETCH_THRESHOLDS,
+        n_threads=tuple(thread_counts(profile, spec.shape_key)),
+    )
+
+
+def place(spec: ModelSpec, workload: Workload, choice: Choice, n_slots: int, batch: int) -> PlanExperts:
+    """Residents are the most used; of the others those used often enough are read ahead, likeliest first."""
+    popularity = np.asarray(workload.popularity)
+    used = probability_used(popularity, batch, choice.draft_length + 1, workload.union_exponent)
+    # Once nearly all are used the order would be noise: popularity settles it, and costs nothing where it is flat.
+    resident = most_used(used + 1e-3 * popularity, min(n_slots, spec.n_all_experts) - choice.stream_slots)
+    prefetch = []
+    for layer, held in enumerate(resident):
+        others = [e for e in range(spec.n_experts) if e not in held and used[layer, e] >= choice.prefetch_threshold]
+        prefetch.append(tuple(sorted(others, key=lambda e: -used[layer, e])))
+    return PlanExperts(resident=tuple(map(tuple, resident)), prefetch=tuple(prefetch), stream_slots=choice.stream_slots)

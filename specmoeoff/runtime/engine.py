@@ -101,18 +101,23 @@ class Engine:
         return self._executor.routing_log
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests; a request that cannot fit the context is refused before anything runs."""
+        """Queue requests; one that cannot fit the context is refused."""
         for request in requests:
-            needed = len(request.prompt) + request.max_tokens
-            if needed > self.decode.context_tokens:
-                raise BadInput(
-                    f"request {request.request_id!r}: {len(request.prompt)} prompt and {request.max_tokens} output tokens "
-                    f"exceed the plan's context of {self.decode.context_tokens}; shorten it, or make a plan with "
-                    f"`tune --context {needed}`."
-                )
-            if not request.prompt:
-                raise BadInput(f"request {request.request_id!r}: the prompt is empty.")
+            self.check_fits(request, self.decode.context_tokens)
             self._waiting.append(request)
+
+    @staticmethod
+    def check_fits(request: Request, context_tokens: int) -> None:
+        """BadInput where a request is empty or longer than the context."""
+        needed = len(request.prompt) + request.max_tokens
+        if needed > context_tokens:
+            raise BadInput(
+                f"request {request.request_id!r}: {len(request.prompt)} prompt and {request.max_tokens} output tokens "
+                f"exceed the plan's context of {context_tokens}; shorten it, or make a plan with "
+                f"`tune --context {needed}`."
+            )
+        if not request.prompt:
+            raise BadInput(f"request {request.request_id!r}: the prompt is empty.")
 
     @property
     def busy(self) -> bool:

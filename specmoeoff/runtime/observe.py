@@ -9,6 +9,7 @@ import numpy as np
 from specmoeoff.estimate.experts import fit_union_exponent
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
@@ -26,12 +27,15 @@ class AcceptanceCounter:
     tried: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
     n_rounds: int = 0
+    # A drafter that found nothing more to propose missed; one cut short by the request's end did not.
+    short_is_miss: bool = False
 
     def __call__(self, drafted: list[int], chosen: list[int]) -> int:
         count = accept(drafted, chosen)
         self.n_rounds += 1
         self.accepted[:count] += 1
-        self.tried[: min(count + 1, len(drafted))] += 1
+        offered = LONGEST_DRAFT if self.short_is_miss else len(drafted)
+        self.tried[: min(count + 1, offered)] += 1
         return count
 
     def acceptance(self, provenance: str) -> Acceptance:
@@ -39,6 +43,12 @@ class AcceptanceCounter:
         n_known = int(np.argmax(self.tried < 30)) if (self.tried < 30).any() else len(self.tried)
         rates = self.accepted[:n_known] / np.maximum(self.tried[:n_known], 1)
         return Acceptance(conditional=tuple(float(r) for r in rates), n_rounds=self.n_rounds, provenance=provenance)
+
+
+def observing_residents(target: PackedModel) -> int:
+    """How many experts to hold while observing: all if memory allows, else a quarter."""
+    n = target.spec.n_all_experts
+    return n if n * target.expert_stride < 0.6 * available_bytes() else n // 4
 
 
 def lengths(counts: Sequence[int]) -> Lengths:
@@ -111,7 +121,7 @@ def observe(
             context_tokens=context,
             prefill_chunk_tokens=512,
         )
-        counter = AcceptanceCounter()
+        counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
         with Engine(target, draft if drafter == "model" else None, decode, experts, threads) as engine:
             engine.accept = counter
             engine.submit(requests)

@@ -8,13 +8,6 @@ def peak_rss_bytes() -> int:
     return _kibibytes("VmHWM")
 
 
-def reset_peak_rss() -> None:
-    """Let the peak begin anew from what is held now, where the kernel allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
 
 def disk_bytes_read() -> int:
     """Bytes this process made the disks deliver; page cache hits do not count."""

@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from specmoeoff.specs.base import FileSpec, Spec
 
 Provenance = Literal["measured", "fitted", "datasheet", "published"]
@@ -88,7 +90,7 @@ class HardwareProfile(FileSpec):
     operators: tuple[OperatorTable, ...]
     cpu_slowdown_beside_disk: Measurement | None = None
     process_bytes: int
-    waived: dict[str, str] = {}
+    waived: dict[str, str] = Field(default_factory=dict)
     quality: tuple[str, ...] = ()
 
     def peak(self, name: str, n_threads: int) -> float | None:

@@ -1,0 +1,555 @@
+"""The command line: each command parses, calls one function, prints. Everything heavy is imported inside commands."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from specmoeoff import __version__
+from specmoeoff.errors import AnswerIsNo, BadInput, SpecMoEOffError
+
+if TYPE_CHECKING:
+    from specmoeoff.specs.plan import Plan
+    from specmoeoff.specs.profile import HardwareProfile
+    from specmoeoff.specs.workload import Workload
+
+app = typer.Typer(
+    name="specmoeoff",
+    help="Measure a machine, tune speculative decoding of offloaded Mixture-of-Experts models for it, run it, prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or `demo`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
+
+
+def main() -> NoReturn:
+    """Run the program; errors become one sentence and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except SpecMoEOffError as error:
+        typer.echo(f"specmoeoff: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("specmoeoff: interrupted; nothing finished is lost.", err=True)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # click's own usage errors: typer vendors click, so they are known by what they carry
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"specmoeoff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+class Bar:
+    """A progress bar on standard error, silent where that is not a terminal or --json was given."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def __call__(self, what: str, share: float) -> None:
+        self._bar.update(self._task, description=what, completed=share)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """The same for things counted."""
+        self(what, done / max(total, 1))
+
+
+@contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Bar]:
+    """Show a bar while the block runs."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        yield Bar(bar, bar.add_task(what, total=1.0))
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`24GiB`, `512MiB`, `1.5GB`, or plain bytes."""
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text.strip().rstrip("BKMGIbkmgi")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        value = float(number.replace(",", ""))
+    except ValueError:
+        value = -1.0
+    if unit not in units or not 0 <= value < 1e9 * (1 << 30):
+        raise BadInput(f"{option} {text!r}: give bytes with a unit, for example 24GiB or 512MiB.")
+    return int(value * units[unit])
+
+
+def _table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _existing_folder(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise BadInput(f"{output}: cannot write: the folder {output.parent} does not exist; create it first.")
+
+
+def _open_models(model: str, bar: Bar) -> tuple[Any, Any, str | None]:
+    """Packed target, packed draft or None, and the draft's source."""
+    from specmoeoff.runtime.loading import default_draft, model_folder
+    from specmoeoff.runtime.pack import pack_model
+
+    target = pack_model(model_folder(model), bar.count)
+    source = default_draft(model)
+    return target, pack_model(model_folder(source), bar.count) if source else None, source
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, what is missing, and the remedy."""
+    from dataclasses import asdict
+
+    from specmoeoff.roofline.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        rows = [(f.name, f.status, f.detail, f.remedy or "") for f in findings]
+        _table("This machine", rows, ("what", "status", "found", "remedy"))
+
+
+@app.command()
+def profile(
+    output: Output = Path("profile.json"),
+    model: Annotated[list[str] | None, typer.Option("--model", help="Also measure this model's operators.")] = None,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.", min=5.0)] = 40.0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the machine: peaks, memory, disk, and a model's operators."""
+    from specmoeoff.roofline.profile import measure_profile
+
+    _existing_folder(output)
+    with progress("opening the model", as_json) as bar:
+        specs, disk_file = [], None
+        for name in model or []:
+            target, draft, _ = _open_models(name, bar)
+            disk_file = disk_file or target.expert_path
+            specs += [target.spec, *([draft.spec] if draft else [])]
+        result = measure_profile(specs, budget_s=budget, disk_file=disk_file, progress=bar, strict=strict)
+    result.save(output)
+    if as_json:
+        typer.echo(json.dumps({"profile": str(output), "duration_s": result.duration_s}))
+        return
+    rows = [(r.name, str(r.n_threads), f"{r.rate.value:,.1f} {r.rate.unit}") for r in (*result.peaks, *result.memory)]
+    if result.disk:
+        disk = result.disk
+        modes = ", ".join(f"{m:.2f}" for m in disk.modes_gb_per_s)
+        rows.append(("disk read", str(disk.n_readers), f"{disk.read_gb_per_s.value:.2f} GB/s (modes {modes})"))
+    _table(f"{result.machine.cpu}, {result.machine.isa}", rows, ("what", "threads", "rate"))
+    for note in (*result.quality, *(f"{name}: {why}" for name, why in result.waived.items())):
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {output} in {result.duration_s:.0f} s")
+
+
+@app.command()
+def workload(
+    model: Model,
+    output: Output = Path("workload.json"),
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Batch-file lines; default: the demo's.")] = None,
+    drafter: Annotated[
+        list[str] | None, typer.Option("--drafter", help="model or ngram; default: all there are.")
+    ] = None,
+    requests: Annotated[int, typer.Option("--requests", help="Use at most this many.", min=1)] = 32,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens of each answer.", min=2)] = 64,
+    batch: Annotated[int, typer.Option("--batch", help="Live requests.", min=1)] = 16,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the answer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure lengths, acceptance by draft position, and how experts are used."""
+    from specmoeoff.runtime.batch_files import read_batch, to_request
+    from specmoeoff.runtime.loading import model_folder
+    from specmoeoff.runtime.observe import observe, observing_residents
+    from specmoeoff.runtime.tokenizer import Tokenizer
+    from specmoeoff.specs.plan import PlanThreads
+
+    _existing_folder(output)
+    with progress("opening the model", as_json) as bar:
+        target, draft, _ = _open_models(model, bar)
+        tokenizer = Tokenizer(model_folder(model))
+        path = prompts or _demo_prompts(model)
+        given = read_batch(path)[:requests]
+        todo = [to_request(line, tokenizer, ignore_eos, output_tokens) for line in given]
+        names = drafter or (["model", "ngram"] if draft else ["ngram"])
+        for name in names:
+            if name not in ("model", "ngram"):
+                raise BadInput(f"--drafter {name}: choose model or ngram.")
+            if name == "model" and draft is None:
+                raise BadInput(f"--drafter model: {model} has no draft model.")
+        threads = PlanThreads(compute=_n_cores(), disk_readers=2, disk_chunk_bytes=1 << 20)
+        held = observing_residents(target)
+        result = observe(target, draft, todo, names, threads, batch, held, path.stem, lambda s: bar("decoding", s))  # type: ignore[arg-type]
+    result.save(output)
+    if as_json:
+        typer.echo(json.dumps({"workload": str(output), "union_exponent": result.union_exponent}))
+        return
+    rows = [
+        (name, " ".join(f"{a:.2f}" for a in acc.conditional), str(acc.n_rounds))
+        for name, acc in result.acceptance.items()
+    ]
+    _table("Acceptance by draft position, given that all before stood", rows, ("drafter", "acceptance", "rounds"))
+    typer.echo(f"wrote {output}")
+
+
+def _n_cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _demo_prompts(model: str) -> Path:
+    from specmoeoff.demo import prompts_path
+
+    if model != "demo":
+        raise BadInput("--prompts is needed: a file of batch-file lines that look like your requests.")
+    return prompts_path()
+
+
+@app.command()
+def tune(
+    profile: Annotated[Path, typer.Option("--profile", help="Hardware profile.")],
+    model: Model,
+    workload: Annotated[Path, typer.Option("--workload", help="Workload of this model.")],
+    output: Output = Path("plan.toml"),
+    fast_memory: Annotated[
+        str | None, typer.Option("--fast-memory", help="For experts and stream buffers; default: a quarter of them.")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", help="For all else; default: what is free.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Live requests.", min=1, max=256)] = 16,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.")
+    ] = None,
+    disk_limit_gb_per_s: Annotated[float | None, typer.Option(help="Cap the disk lane.", min=0.01)] = None,
+    search: Annotated[str, typer.Option("--search", help="exhaustive or optuna.")] = "exhaustive",
+    trials: Annotated[int, typer.Option("--trials", help="For optuna.", min=1)] = 200,
+    measure: Annotated[
+        int, typer.Option("--measure", help="Run the best N and choose by what was measured.", min=0)
+    ] = 0,
+    storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage: a URL or a journal file.")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose draft length, placement, prefetch, micro-batches and threads."""
+    from specmoeoff.runtime.checkpoint import read_model_spec
+    from specmoeoff.runtime.loading import default_draft, model_folder
+    from specmoeoff.runtime.process import available_bytes
+    from specmoeoff.specs.profile import HardwareProfile
+    from specmoeoff.specs.workload import Workload
+    from specmoeoff.tuner.tune import TuneRequest
+    from specmoeoff.tuner.tune import tune as find_plan
+
+    _existing_folder(output)
+    if search not in ("exhaustive", "optuna"):
+        raise BadInput(f"--search {search}: choose exhaustive or optuna.")
+    machine_profile, behaviour = HardwareProfile.load(profile), Workload.load(workload)
+    source = default_draft(model)
+    with progress("tuning", as_json) as bar:
+        request = TuneRequest(
+            profile=machine_profile,
+            model=read_model_spec(model_folder(model)),
+            workload=behaviour,
+            model_source=model if model == "demo" else str(Path(model).resolve()),
+            host_memory_bytes=parse_bytes(host_memory, "--host-memory")
+            if host_memory
+            else int(0.9 * available_bytes()),
+            draft=read_model_spec(model_folder(source)) if source else None,
+            draft_source=source,
+            fast_memory_bytes=parse_bytes(fast_memory, "--fast-memory") if fast_memory else None,
+            batch=batch,
+            context_tokens=context,
+            disk_limit_gb_per_s=disk_limit_gb_per_s,
+            search=search,  # type: ignore[arg-type]
+            trials=trials,
+            seed=seed,
+            storage=storage,
+            command=" ".join(["specmoeoff", *sys.argv[1:]]),
+            measure_top=measure,
+            measure=_measure_plan if measure else None,
+            progress=lambda share: bar("tuning", share),
+        )
+        plan = find_plan(request)
+    plan.save(output)
+    _keep_inputs(machine_profile, behaviour)
+    _warn_other_machine(plan)
+    p, base = plan.predicted, plan.plain.predicted
+    if as_json:
+        typer.echo(json.dumps({"plan": str(output), "predicted": p.model_dump(), "plain": base.model_dump()}))
+        return
+    d, e = plan.decode, plan.experts
+    rows = [
+        ("draft", f"{d.draft_length} tokens by {d.drafter}" if d.draft_length else "none: plain decoding is best here"),
+        ("live requests", f"{d.batch} in {d.micro_batches} micro-batches"),
+        ("experts", f"{e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead"),
+        (
+            "predicted",
+            f"{p.tokens_per_s:.1f} tokens/s, {p.tokens_per_round:.2f} tokens a round, {p.window_s * 1e3:.0f} ms, {p.bound}-bound",
+        ),
+        ("plain", f"{base.tokens_per_s:.1f} tokens/s: {p.tokens_per_s / base.tokens_per_s:.2f}x predicted"),
+        ("memory", f"fast {sum(plan.memory.fast.values()):,} bytes, host {sum(plan.memory.host.values()):,} bytes"),
+    ]
+    _table(f"Plan for {plan.model.name}, {plan.inputs.n_evaluated} choices priced", rows, ("what", "chosen"))
+    typer.echo(f"wrote {output}")
+
+
+def _measure_plan(plan: "Plan") -> float:
+    """Tokens per second of a few windows of a plan, for `tune --measure`."""
+    from specmoeoff.runtime.loading import open_plan
+    from specmoeoff.runtime.trial import decode_rate
+
+    return decode_rate(plan, open_plan(plan))
+
+
+def _inputs_folder() -> Path:
+    from specmoeoff.files import cache_dir
+
+    return cache_dir() / "inputs"
+
+
+def _keep_inputs(machine_profile: "HardwareProfile", behaviour: "Workload") -> None:
+    """Copies by hash, so that `validate` can re-price a plan from the plan alone."""
+    from specmoeoff.files import sha256_text, write_atomic
+
+    _inputs_folder().mkdir(parents=True, exist_ok=True)
+    for text in (machine_profile.text(), behaviour.text()):
+        write_atomic(_inputs_folder() / f"{sha256_text(text)}.json", text)
+
+
+def _load_inputs(
+    plan: "Plan", profile_path: Path | None, workload_path: Path | None
+) -> "tuple[HardwareProfile, Workload]":
+    from specmoeoff.specs.profile import HardwareProfile
+    from specmoeoff.specs.workload import Workload
+
+    found = []
+    for given, kind, sha in (
+        (profile_path, HardwareProfile, plan.inputs.profile_sha256),
+        (workload_path, Workload, plan.inputs.workload_sha256),
+    ):
+        path = given or _inputs_folder() / f"{sha}.json"
+        if given is None and not path.exists():
+            raise BadInput(
+                f"the {kind.what} this plan was made from is not on this machine; give it with "
+                f"--{'profile' if kind is HardwareProfile else 'workload'}."
+            )
+        found.append(kind.load(path))
+    return found[0], found[1]  # type: ignore[return-value]
+
+
+def _warn_other_machine(plan: "Plan") -> None:
+    from specmoeoff.roofline.profile import machine
+
+    if machine().fingerprint != plan.inputs.machine_fingerprint:
+        typer.echo(
+            f"warning: the plan was made from a profile of another machine ({plan.inputs.profile_name}); "
+            "its predictions may not hold here.",
+            err=True,
+        )
+
+
+@app.command()
+def run(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to run.")],
+    input_file: Annotated[Path, typer.Option("--input", help="OpenAI batch-file lines.")],
+    output: Annotated[Path, typer.Option("--output", help="Answers, one JSON object a line.")],
+    record: Annotated[Path | None, typer.Option("--record", help="Write what happened.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write the last windows in Chrome trace format.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print answers as they finish.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always produce max_tokens.")] = False,
+    disk_limit_gb_per_s: Annotated[float | None, typer.Option(help="Cap the disk lane.", min=0.01)] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a batch file under a plan; resumes where it stopped."""
+    from specmoeoff.runtime.batch_run import BatchRun
+    from specmoeoff.specs.plan import Plan
+
+    plan = Plan.load(plan_file)
+    for path in (output, *(p for p in (record, trace) if p)):
+        _existing_folder(path)
+    _warn_other_machine(plan)
+    with progress("opening the model", as_json or stream) as bar:
+        job = BatchRun(plan, input_file, output, disk_limit_gb_per_s, ignore_eos, bar.count)
+        result = job.run(lambda done, total: bar.count("decoding", done, total), typer.echo if stream else None)
+    if record:
+        result.save(record)
+    if trace:
+        job.save_trace(trace)
+    summary = {"requests": result.n_requests, "tokens": result.n_tokens, "seconds": round(result.duration_s, 3)}
+    if as_json:
+        typer.echo(json.dumps({**summary, "output": str(output)}))
+        return
+    rate = f", {result.n_tokens / result.duration_s:.1f} tokens/s" if result.duration_s and result.n_tokens else ""
+    typer.echo(
+        f"{result.n_requests} requests, {result.n_tokens} tokens in {result.duration_s:.1f} s{rate}; wrote {output}"
+    )
+
+
+@app.command()
+def validate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to validate.")],
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Batch-file lines; default: the demo's.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Run record to write.")] = None,
+    profile: Annotated[Path | None, typer.Option("--profile", help="Default: the one the plan was made from.")] = None,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="Default: the one the plan was made from.")
+    ] = None,
+    pairs: Annotated[int, typer.Option("--pairs", help="Pairs of plain and tuned blocks.", min=2)] = 6,
+    windows: Annotated[int, typer.Option("--windows", help="Windows of a block.", min=2)] = 10,
+    requests: Annotated[int, typer.Option("--requests", help="Requests compared with plain decoding.", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Is the output unchanged, the prediction right, the memory within plan? Exit 1 with the cause if not."""
+    from specmoeoff.runtime.batch_files import read_batch, to_request
+    from specmoeoff.runtime.loading import open_plan
+    from specmoeoff.runtime.validate import Options, Validator
+    from specmoeoff.specs.plan import Plan
+
+    plan = Plan.load(plan_file)
+    if output:
+        _existing_folder(output)
+    machine_profile, behaviour = _load_inputs(plan, profile, workload)
+    _warn_other_machine(plan)
+    with progress("opening the model", as_json) as bar:
+        try:
+            opened = open_plan(plan, bar.count)
+        except BadInput as error:
+            if "another model" in str(error):
+                raise AnswerIsNo(f"plan of another model: {error}") from None
+            raise
+        lines = read_batch(prompts or _demo_prompts(plan.model.source))[:requests]
+        todo = [to_request(line, opened.tokenizer, ignore_eos=True) for line in lines]
+        options = Options(
+            n_pairs=pairs, block_windows=windows, uncapped_block_windows=max(2, windows // 2), progress=bar
+        )
+        result = Validator(plan, opened, machine_profile, behaviour, todo, options).run()
+    if output:
+        result.save(output)
+    if as_json:
+        typer.echo(result.text())
+    else:
+        _print_validation(result)
+    causes = [check.cause for check in result.checks if not check.passed]
+    if causes:
+        raise AnswerIsNo("validation failed: " + "; ".join(causes) + ".")
+
+
+def _print_validation(result: Any) -> None:
+    rows = [(c.name, "yes" if c.passed else "NO", c.detail) for c in result.checks]
+    _table("Does the plan hold?", rows, ("question", "answer", "found"))
+    for s in result.speed_ups:
+        from statistics import median
+
+        plain, tuned = (median(getattr(p, f"{n}_tokens_per_s") for p in s.pairs) for n in ("plain", "tuned"))
+        typer.echo(
+            f"{s.label}: plain {plain:.1f} tokens/s, tuned {tuned:.1f} tokens/s: {s.median:.2f}x "
+            f"({s.low:.2f} to {s.high:.2f}, {s.confidence:.1%} interval of {len(s.pairs)} pairs; limit {s.limit:.2f}x from {s.limit_reason})"
+        )
+        disks = "  ".join(f"{p.plain_disk_gb_per_s:.2f}/{p.tuned_disk_gb_per_s:.2f}" for p in s.pairs)
+        typer.echo(f"  disk GB/s of each pair's blocks, plain/tuned: {disks}")
+
+
+@app.command()
+def report(
+    profile: Annotated[Path, typer.Option("--profile", help="Hardware profile.")],
+    output: Output = Path("report.html"),
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan.")] = None,
+    record: Annotated[list[Path] | None, typer.Option("--record", help="Run records.")] = None,
+    workload: Annotated[Path | None, typer.Option("--workload", help="Workload.")] = None,
+    points: Annotated[Path | None, typer.Option("--points", help="CSV of more roofline points.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One offline HTML file, with every figure as SVG and PNG and every number as CSV beside it."""
+    from specmoeoff.report import write_report
+    from specmoeoff.specs.plan import Plan
+    from specmoeoff.specs.profile import HardwareProfile
+    from specmoeoff.specs.record import RunRecord
+    from specmoeoff.specs.workload import Workload
+
+    _existing_folder(output)
+    plan = Plan.load(plan_file) if plan_file else None
+    files = write_report(
+        output,
+        HardwareProfile.load(profile),
+        plan,
+        [RunRecord.load(path) for path in record or []],
+        model=_model_of(plan),
+        workload=Workload.load(workload) if workload else None,
+        points_csv=points,
+    )
+    if as_json:
+        typer.echo(json.dumps([str(f) for f in files]))
+    else:
+        typer.echo(f"wrote {output} and {len(files) - 1} files beside it")
+
+
+def _model_of(plan: "Plan | None") -> Any:
+    """The plan's model where it is at hand; a report does without."""
+    from specmoeoff.runtime.checkpoint import read_model_spec
+    from specmoeoff.runtime.loading import model_folder
+
+    try:
+        return read_model_spec(model_folder(plan.model.source)) if plan else None
+    except SpecMoEOffError:
+        return None
+
+
+@app.command()
+def auto(
+    model: Model,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Batch-file lines; default: the demo's.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path("out"),
+    disk_limit_gb_per_s: Annotated[
+        float | None, typer.Option(help="Cap the disk lane; default for the demo: 1.0; 0: no cap.", min=0.0)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+) -> None:
+    """Profile, workload, tune, run, validate and report in one go."""
+    from specmoeoff.auto import run_all
+
+    limit = 1.0 if disk_limit_gb_per_s is None and model == "demo" else disk_limit_gb_per_s or None
+    run_all(model, prompts or _demo_prompts(model), output, limit, fresh)

@@ -8,7 +8,6 @@ def peak_rss_bytes() -> int:
     return _kibibytes("VmHWM")
 
 
-
 def disk_bytes_read() -> int:
     """Bytes this process made the disks deliver; page cache hits do not count."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())

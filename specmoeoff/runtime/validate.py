@@ -141,7 +141,7 @@ class Validator:
     def _recalibrate(self) -> Recalibration:
         self.options.progress("recalibrating", 0.0)
         threads, path = self.tuned.threads.compute, self.opened.target.expert_path
-        result = recalibrate(self.profile, self.spec, threads, path, self.limit, 2.0)
+        result = recalibrate(self.profile, self.spec, threads, path, 2.0)
         self.disk_seen.append(result.disk_gb_per_s)
         return result
 

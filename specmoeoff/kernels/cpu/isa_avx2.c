@@ -11,6 +11,7 @@ typedef struct {
 } PAIRS;
 #define SMALL_TILES 1
 #define PEAK_CHAINS 6
+#define PEAK_REPEAT(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define KEEP(v) __asm__ volatile("" : "+x"((v).a), "+x"((v).b))
 #define EACH(call_a, call_b) ((V){call_a, call_b})
 #define v_zero() EACH(_mm256_setzero_ps(), _mm256_setzero_ps())

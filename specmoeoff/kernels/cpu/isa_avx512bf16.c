@@ -6,7 +6,8 @@
 typedef __m512 V;
 typedef __m512i PAIRS;
 #define SMALL_TILES 0
-#define PEAK_CHAINS 16
+#define PEAK_CHAINS 12
+#define PEAK_REPEAT(X) REPEAT_12(X)
 #define KEEP(v) __asm__ volatile("" : "+v"(v))
 #define v_zero() _mm512_setzero_ps()
 #define v_all(x) _mm512_set1_ps(x)
@@ -39,23 +40,17 @@ static inline __m512 v_first(__m512 v, int count, float fill)
 
 static double peak_bf16(int64_t rounds)
 {
-    enum { CHAINS = 16 };
-    __m512 acc[CHAINS];
-    __m512i a = _mm512_set1_epi32(0x3c003c00), b = _mm512_set1_epi32(0x3c003c00);
-#pragma GCC unroll 16
-    for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_setzero_ps();
-    for (int64_t n = 0; n < rounds; n++) {
-#pragma GCC unroll 16
-        for (int i = 0; i < CHAINS; i++) {
-            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)a, (__m512bh)b);
-            KEEP(acc[i]);
-        }
-    }
-    __m512 sum = acc[0];
-    for (int i = 1; i < CHAINS; i++) sum = _mm512_add_ps(sum, acc[i]);
-    volatile float sink = _mm512_reduce_add_ps(sum);
+    const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3c003c00), b = a;
+    __m512 total = _mm512_setzero_ps();
+#define BEGIN(i) __m512 acc##i = total;
+#define STEP(i) acc##i = _mm512_dpbf16_ps(acc##i, a, b); KEEP(acc##i);
+#define SUM(i) total = _mm512_add_ps(total, acc##i);
+    REPEAT_12(BEGIN)
+    for (int64_t n = 0; n < rounds; n++) { REPEAT_12(STEP) }
+    REPEAT_12(SUM)
+    volatile float sink = _mm512_reduce_add_ps(total);
     (void)sink;
-    return (double)rounds * CHAINS * 64;
+    return (double)rounds * 12 * 64;
 }
 
 static int supported(void)

@@ -147,24 +147,25 @@ static void softmax(const float *scores, int visible, float *maximum, float *sum
     *sum += v_sum(total);
 }
 
+#define REPEAT_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define REPEAT_12(X) REPEAT_8(X) X(8) X(9) X(10) X(11)
+
+/* Named variables, not an array: an array whose elements go through asm is kept in memory. */
 static double peak_fp32(int64_t rounds)
 {
-    enum { CHAINS = PEAK_CHAINS };
-    V acc[CHAINS], a = v_all(1e-3f), b = v_all(.5f);
-#pragma GCC unroll 16
-    for (int i = 0; i < CHAINS; i++) acc[i] = v_all(1e-3f);
-    for (int64_t n = 0; n < rounds; n++) {
-#pragma GCC unroll 16
-        for (int i = 0; i < CHAINS; i++) {
-            acc[i] = v_fma(acc[i], b, a);
-            KEEP(acc[i]);
-        }
-    }
-    V sum = acc[0];
-    for (int i = 1; i < CHAINS; i++) sum = v_add(sum, acc[i]);
-    volatile float sink = v_sum(sum);
+    V a = v_all(1e-3f), b = v_all(.5f);
+#define BEGIN(i) V acc##i = a;
+#define STEP(i) acc##i = v_fma(acc##i, b, a); KEEP(acc##i);
+#define SUM(i) a = v_add(a, acc##i);
+    PEAK_REPEAT(BEGIN)
+    for (int64_t n = 0; n < rounds; n++) { PEAK_REPEAT(STEP) }
+    PEAK_REPEAT(SUM)
+    volatile float sink = v_sum(a);
     (void)sink;
-    return (double)rounds * CHAINS * LANES * 2;
+    return (double)rounds * PEAK_CHAINS * LANES * 2;
+#undef BEGIN
+#undef STEP
+#undef SUM
 }
 
 /* Reads n floats, n a multiple of 128, at full width. */

@@ -12,6 +12,7 @@ typedef struct {
 } PAIRS;
 #define SMALL_TILES 1
 #define PEAK_CHAINS 2
+#define PEAK_REPEAT(X) X(0) X(1)
 #define KEEP(v) __asm__ volatile("" : "+m"(v))
 #define EACH(expression)                                \
     V result;                                           \

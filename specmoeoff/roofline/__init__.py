@@ -1,0 +1,1 @@
+"""Measures the machine: probes, statistics, fits and roofs."""

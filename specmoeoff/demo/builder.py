@@ -165,7 +165,7 @@ def _write_shard(path: Path, tensors: Tensors) -> None:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for values in tensors.values():
-            stream.write(memoryview(values).cast("B"))
+            stream.write(values.data.cast("B"))
 
 
 def _write_weights(folder: Path, layers: Iterator[Tensors], ends: Tensors, n_layers: int) -> None:

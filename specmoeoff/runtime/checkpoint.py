@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from specmoeoff.errors import BadInput
 from specmoeoff.files import cache_dir, read_text, sha256_text, write_atomic
+from specmoeoff.kernels.cpu import MAX_HEAD_DIM
 from specmoeoff.specs.model import ModelSpec
 
 SUPPORTED: dict[str, Literal["mixtral", "llama"]] = {"MixtralForCausalLM": "mixtral", "LlamaForCausalLM": "llama"}
@@ -103,7 +104,10 @@ def _spec_from_config(folder: Path) -> ModelSpec:
             f"{path}: architecture {names[0]} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}."
         )
     architecture = SUPPORTED[names[0]]
-    _refuse_what_the_kernels_lack(config, path)
+    try:
+        _refuse_what_the_kernels_lack(config, path)
+    except (TypeError, AttributeError):
+        raise BadInput(f"{path}: a field has the wrong type; download the file again.") from None
 
     def count(field: str, default: int | None = None) -> int:
         value = config.get(field)
@@ -114,7 +118,8 @@ def _spec_from_config(folder: Path) -> ModelSpec:
         return value
 
     hidden, n_heads = count("hidden_size"), count("num_attention_heads")
-    rope_theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+    default_theta = 1e6 if architecture == "mixtral" else 1e4
+    rope_theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", default_theta))
     try:
         spec = ModelSpec(
             name=folder.resolve().name,
@@ -144,6 +149,15 @@ def _spec_from_config(folder: Path) -> ModelSpec:
         raise BadInput(
             f"{path}: num_attention_heads {spec.n_heads} is not a multiple of num_key_value_heads {spec.n_kv_heads}."
         )
+    for field, value, multiple in (
+        ("hidden_size", spec.hidden, 16),
+        ("head_dim", spec.head_dim, 16),
+        ("intermediate_size", spec.intermediate, 2),
+    ):
+        if value % multiple:
+            raise BadInput(f"{path}: {field} {value} is not a multiple of {multiple}, which the kernels need.")
+    if spec.head_dim > MAX_HEAD_DIM:
+        raise BadInput(f"{path}: head_dim {spec.head_dim} exceeds {MAX_HEAD_DIM}, the kernels' limit.")
     return spec
 
 
@@ -338,7 +352,7 @@ class Checkpoint:
     def _read(self, name: str) -> np.ndarray:
         place = self.places[name]
         values = np.empty(place.shape, DTYPES[place.dtype])
-        view = memoryview(values).cast("B")
+        view = values.data.cast("B")
         done = 0
         while done < place.n_bytes:
             n_read = os.preadv(self._descriptor(place.shard), [view[done:]], place.start + done)

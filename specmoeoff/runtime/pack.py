@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from specmoeoff.errors import BadInput
+from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
 from specmoeoff.runtime.build_folder import build_folder
@@ -93,7 +93,7 @@ class PackedModel:
             first = self.expert_offset(layer, 0)
             experts = _read_direct(self.expert_path, first, self.spec.n_experts * self.expert_stride)
             for expert, packed in enumerate(experts.reshape(self.spec.n_experts, -1)):
-                if hashlib.sha256(packed).hexdigest() != self._manifest.expert_sha256[layer][expert]:
+                if hashlib.sha256(packed.data).hexdigest() != self._manifest.expert_sha256[layer][expert]:
                     damaged.append((layer, expert))
             progress("checking experts", layer + 1, self.spec.n_layers)
         return damaged
@@ -102,12 +102,21 @@ class PackedModel:
 def _read_direct(path: Path, offset: int, n_bytes: int) -> np.ndarray:
     """n_bytes of a file past the page cache, so that the file does not occupy memory twice."""
     buffer = aligned_empty(n_bytes)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: is missing; delete the folder {path.parent}, it will be packed anew.") from None
+    except OSError as error:
+        raise MissingCapability(
+            f"{path}: this file system does not allow O_DIRECT reads ({error.strerror}); "
+            "set SPECMOEOFF_CACHE to a folder on a local disk."
+        ) from None
     try:
         done = 0
         while done < n_bytes:
-            n_read = os.preadv(descriptor, [memoryview(buffer)[done:]], offset + done)
-            if n_read == 0:
+            n_read = os.preadv(descriptor, [buffer.data[done:]], offset + done)
+            # A read that stops between blocks has met the end of the file.
+            if n_read == 0 or n_read % ALIGNMENT:
                 raise BadInput(f"{path}: ends early; delete the folder {path.parent}, it will be packed anew.")
             done += n_read
     finally:
@@ -146,7 +155,7 @@ def _write_dense(checkpoint: Checkpoint, folder: Path) -> dict[str, DenseArray]:
         for name, values in _dense_arrays(checkpoint):
             arrays[name] = DenseArray(offset=offset, dtype=values.dtype.name, shape=values.shape)
             padding = -values.nbytes % 64
-            stream.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+            stream.write(np.ascontiguousarray(values).data.cast("B"))
             stream.write(bytes(padding))
             offset += values.nbytes + padding
         stream.write(bytes(_aligned(offset) - offset))
@@ -164,8 +173,8 @@ def _write_experts(checkpoint: Checkpoint, folder: Path, progress: Progress) -> 
             for expert in range(spec.n_experts):
                 gate, up, down = map(checkpoint.tensor_bf16, expert_tensor_names(spec, layer, expert))
                 pack_expert(gate, up, down, buffer[:n_bytes])
-                row.append(hashlib.sha256(buffer).hexdigest())
-                stream.write(memoryview(buffer))
+                row.append(hashlib.sha256(buffer.data).hexdigest())
+                stream.write(buffer.data)
             # Or the page cache would count hundreds of megabytes of dirty pages before the first sync.
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             sums.append(tuple(row))

@@ -164,6 +164,7 @@ def profile(
 ) -> None:
     """Measure the machine: peaks, memory, disk, and a model's operators."""
     from specmoeoff.roofline.profile import measure_profile
+    from specmoeoff.runtime.loading import model_folder
 
     _existing_folder(output)
     with progress("opening the model", as_json) as bar:
@@ -172,7 +173,8 @@ def profile(
             target, draft, _ = _open_models(name, bar)
             disk_file = disk_file or target.expert_path
             specs += [target.spec, *([draft.spec] if draft else [])]
-        result = measure_profile(specs, budget_s=budget, disk_file=disk_file, progress=bar, strict=strict)
+        checkpoint = model_folder(model[0]) if model else None
+        result = measure_profile(specs, budget, disk_file, progress=bar, strict=strict, checkpoint=checkpoint)
     result.save(output)
     if as_json:
         typer.echo(json.dumps({"profile": str(output), "duration_s": result.duration_s}))

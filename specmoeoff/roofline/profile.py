@@ -66,9 +66,10 @@ def machine() -> Machine:
     )
 
 
-def runtime_process_bytes() -> int:
-    """Peak memory of a process that has imported what a run imports and done nothing."""
-    code = f"{RUNTIME_IMPORTS}\nfrom specmoeoff.runtime.process import peak_rss_bytes\nprint(peak_rss_bytes())"
+def runtime_process_bytes(checkpoint: Path | None) -> int:
+    """Peak memory of a process that has imported what a run imports and opened the tokenizer, and done nothing."""
+    use = f"specmoeoff.runtime.tokenizer.Tokenizer({str(checkpoint)!r}).encode('a')" if checkpoint else "0"
+    code = f"{RUNTIME_IMPORTS}\nkept = {use}\nfrom specmoeoff.runtime.process import peak_rss_bytes\nprint(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -101,8 +102,12 @@ def measure_profile(
     disk_file: Path | None = None,
     progress: Progress = lambda what, share: None,
     strict: bool = False,
+    checkpoint: Path | None = None,
 ) -> HardwareProfile:
-    """Measure for about `budget_s` seconds. Without models only the machine itself is measured."""
+    """Measure for about `budget_s` seconds. Without models only the machine itself is measured.
+
+    `disk_file` is read if given; `checkpoint` is a folder whose tokenizer counts as part of a running process.
+    """
     begun = time.perf_counter()
     me, waived, pressure = machine(), {}, _pressure()
     counts = sorted({1, me.n_cores})
@@ -144,7 +149,7 @@ def measure_profile(
         disk=disk,
         operators=tuple(tables),
         cpu_slowdown_beside_disk=slowdown,
-        process_bytes=runtime_process_bytes(),
+        process_bytes=runtime_process_bytes(checkpoint),
         waived=waived,
         quality=tuple(notes),
     )

@@ -15,7 +15,7 @@ from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 
-LONGEST_DRAFT = 12
+LONGEST_DRAFT = 16
 UNION_REQUESTS = (1, 2, 4, 8, 16)
 UNION_TOKENS = (1, 2, 3, 5, 9, 13)
 

@@ -39,7 +39,7 @@ from specmoeoff.specs.workload import Workload
 
 WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.15, 0.10, 0.02
 LOSSLESS_TOKENS = 64
-SWEEP_LENGTHS = (1, 2, 4, 8, 12)
+SWEEP_LENGTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Options:
     n_pairs: int = 6
     block_windows: int = 10
     uncapped_block_windows: int = 5
-    sweep_windows: int = 3
+    sweep_windows: int = 2
     accept: Callable[[list[int], list[int]], int] = accept
     progress: Callable[[str, float], None] = field(default=lambda what, share: None)
 
@@ -348,14 +348,15 @@ class Validator:
     def _speed_up(self, engine: Engine, limit: float | None, n_windows: int) -> None:
         label = f"disk capped at {limit:g} GB/s" if limit else "disk uncapped"
         blocks: dict[str, list[list[Window]]] = {"plain": [], "tuned": []}
+        timelines: list[tuple[float, tuple[TimelineEvent, ...]]] = []
         for i in range(self.options.n_pairs):
             self.options.progress(f"plain against tuned, {label}", i / self.options.n_pairs)
             order = ("plain", "tuned") if i % 2 == 0 else ("tuned", "plain")
             for name in order:
                 part = self.plain if name == "plain" else self.tuned
                 blocks[name].append(self._block(engine, part, f"{name}, {label}", n_windows))
-                if name == "tuned" and i == 0 and limit == self.limit:
-                    self.measured_events = _events(engine)
+                if name == "tuned" and limit == self.limit:
+                    timelines.append((blocks[name][-1][-1].duration_s, _events(engine)))
         rates = {name: [_rate(b) for b in each] for name, each in blocks.items()}
         disks = {name: [_disk_rate(b) for b in each] for name, each in blocks.items()}
         self.disk_seen += [d for each in disks.values() for d in each if d > 0] if limit is None else []
@@ -382,6 +383,8 @@ class Validator:
                 windows = [w for block in blocks[name] for w in block]
                 now = self._compare_window(f"{name} window, {label}", part, windows, limit)
                 if name == "tuned":
+                    typical = median(w.duration_s for w in windows)
+                    self.measured_events = min(timelines, key=lambda t: abs(t[0] - typical))[1]
                     self.predicted_events = _predicted_events(now)
             self._plain_near_bound([w for block in blocks["plain"] for w in block], disks["plain"])
 

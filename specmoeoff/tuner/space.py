@@ -16,7 +16,7 @@ from specmoeoff.specs.workload import Workload
 # Read ahead only what is used at least this often; above 1: nothing, the router is waited for.
 PREFETCH_THRESHOLDS = (0.0, 0.5, 0.8, 0.95, 1.1)
 STREAM_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-LONGEST_DRAFT = 12
+LONGEST_DRAFT = 16
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Colours (Okabe and Ito's, safe for the colour-blind) and sizes all figures share."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = {
+    "draft": "#56B4E9",
+    "attention": "#E69F00",
+    "experts": "#009E73",
+    "expert": "#66C2A5",
+    "head": "#CC79A7",
+    "verify": "#333333",
+    "load": "#0072B2",
+    "wait": "#DDDDDD",
+}
+NAMES = {
+    "draft": "drafting",
+    "attention": "attention",
+    "experts": "resident experts",
+    "expert": "streamed experts",
+    "head": "head",
+    "verify": "accepting",
+    "load": "reading experts",
+    "wait": "waiting for disk",
+}
+BEFORE, AFTER, MEASURED = "#D55E00", "#009E73", "#0072B2"
+
+
+def new_figure(
+    width: float = 8.0, height: float = 4.6, rows: int = 1, columns: int = 1, **options: object
+) -> "tuple[Figure, list[Axes]]":
+    """A figure without pyplot's global state, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+    return figure, list(axes.flat)
+
+
+def title(axis: "Axes", text: str) -> None:
+    """A finding, left above the axes."""
+    axis.set_title(text, loc="left", fontsize=11, fontweight="bold")

@@ -9,6 +9,8 @@ from specmoeoff.pipeline import Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
+COMBINE_ROWS = 64  # the combination of a layer is shared out over its experts at this size's cost
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -82,8 +84,8 @@ class Prices:
             case "attention":
                 return target.attention(node.requests)
             case "experts" | "expert":
-                per_row = target.combine(max(1.0, node.rows)) / max(1.0, node.rows) / target.spec.n_active
-                return sum(u.probability * (target.expert(u.rows) + u.rows * per_row) for u in node.experts)
+                per_slot = target.combine(COMBINE_ROWS) / COMBINE_ROWS / target.spec.n_active
+                return sum(u.probability * (target.expert(u.rows) + u.rows * per_slot) for u in node.experts)
             case "head":
                 return target.head(node.rows)
             case "draft":

@@ -27,18 +27,15 @@ class Schedule:
         ends = [self.end_s[i] for i in self.graph.ends]
         return ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)
 
-    def _share_in_last_period(self, index: int) -> float:
-        end = self.end_s[self.graph.ends[-1]]
-        begin = end - self.period_s
-        return max(0.0, min(self.end_s[index], end) - max(self.start_s[index], begin))
-
     @property
     def busy_s(self) -> dict[str, float]:
-        """By lane, within the last period."""
-        busy: defaultdict[str, float] = defaultdict(float)
-        for node in self.graph.nodes:
-            busy[node.lane] += self._share_in_last_period(node.index)
-        return {"cpu": busy["cpu"], "disk": busy["disk"]}
+        """By lane, within the last window that has another after it: the last one reads nothing ahead."""
+        ends = [0.0, *(self.end_s[i] for i in self.graph.ends)]
+        begin, end = (ends[-3], ends[-2]) if len(ends) > 2 else (0.0, ends[-1])
+        busy = {"cpu": 0.0, "disk": 0.0}
+        for node, a, b in zip(self.graph.nodes, self.start_s, self.end_s, strict=True):
+            busy[node.lane] += max(0.0, min(b, end) - max(a, begin))
+        return busy
 
     @property
     def phases_s(self) -> dict[str, float]:

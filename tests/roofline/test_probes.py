@@ -1,0 +1,60 @@
+"""Probes on a small scale: sane orders, and a reason where something cannot be measured."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from specmoeoff.errors import MissingCapability
+from specmoeoff.kernels.cpu import Kernels, supported_isas
+from specmoeoff.roofline import profile as profiles
+from specmoeoff.roofline.doctor import examine
+from specmoeoff.roofline.probes import disk
+from specmoeoff.roofline.profile import machine, measure_profile
+
+
+def test_the_disk_is_read_past_the_page_cache(tmp_path: Path) -> None:
+    from specmoeoff.runtime.process import disk_bytes_read
+
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(16 << 20))
+    os.sync()
+    before = disk_bytes_read()
+    link = disk.measure_disk(path, 1.0)
+    assert 0.01 < link.read_gb_per_s.value < 100
+    if disk_bytes_read() == before:
+        pytest.skip("this file system does not count reads")
+    assert disk_bytes_read() - before > 16 << 20
+
+
+def test_a_machine_without_direct_reads_has_no_disk_link_and_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(path: Path) -> int:
+        raise MissingCapability(f"{path}: O_DIRECT reads are not allowed here")
+
+    monkeypatch.setattr(disk, "open_direct", refuse)
+    monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(disk, "TEST_BYTES", 32 << 20)
+    found = measure_profile([], 1.0)
+    assert found.disk is None
+    assert "O_DIRECT" in found.waived["disk"]
+    assert list(tmp_path.iterdir()) == []
+    peaks = {r.name: r.rate.value for r in found.peaks if r.n_threads == 1}
+    assert peaks["fp32_fma"] > 1
+    if machine().isa == "avx512bf16":
+        assert peaks["bf16_dot"] > peaks["fp32_fma"]
+
+
+def test_peaks_exist_where_the_instruction_does() -> None:
+    for isa in supported_isas():
+        done = Kernels(1, isa).probe_peak("bf16", 10)
+        assert (done is not None) == (isa == "avx512bf16")
+
+
+def test_the_runtime_process_is_counted_with_what_it_imports() -> None:
+    assert 20 << 20 < profiles.runtime_process_bytes(None) < 400 << 20
+
+
+def test_the_doctor_names_a_remedy_for_all_that_is_missing() -> None:
+    assert all(f.remedy for f in examine() if f.status == "missing")

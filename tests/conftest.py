@@ -39,6 +39,8 @@ def _tables(spec: ModelSpec, gflop_per_s: float = 300.0, gb_per_s: float = 35.0)
     rows = (1.0, 16.0, 64.0, 256.0, 512.0)
     params = {
         "expert": spec.expert_params,
+        "experts": spec.expert_params,
+        "dense_layer": spec.attention_params + spec.expert_params,
         "attention_block": spec.attention_params,
         "head": spec.vocab * spec.hidden,
         "combine": spec.hidden,

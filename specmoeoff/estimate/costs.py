@@ -1,23 +1,33 @@
 """Prices of the graph's nodes from a measured profile."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specmoeoff.errors import BadInput
+from specmoeoff.estimate.memory import expert_stride
 from specmoeoff.estimate.tables import OperatorTimes, find_table
 from specmoeoff.pipeline import Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
+MEMORY_ROWS, COMPUTE_ROWS = 4.0, 64.0
 COMBINE_ROWS = 64  # the combination of a layer is shared out over its experts at this size's cost
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured just now, in place of the profile's: disk rate, and operator times over the profile's."""
+    """What was measured just now, in place of the profile's: disk rate, and operator times over the profile's for few
+    rows, where memory is the limit, and for many, where arithmetic is."""
 
     disk_gb_per_s: float
+    memory_scale: float = 1.0
     compute_scale: float = 1.0
+
+    def scale(self, rows: float) -> float:
+        """For operators on `rows` tokens: between both ends on the logarithm of rows."""
+        share = min(1.0, max(0.0, math.log(max(rows, 1.0) / MEMORY_ROWS) / math.log(COMPUTE_ROWS / MEMORY_ROWS)))
+        return self.memory_scale + share * (self.compute_scale - self.memory_scale)
 
 
 class ModelTimes:
@@ -28,15 +38,17 @@ class ModelTimes:
             return find_table(profile, operator, spec.shape_key, n_threads)
 
         self.spec = spec
-        self.block, self.context = table("attention_block"), table("attention")
-        self.expert, self.combine, self.head = table("expert"), table("combine"), table("head")
+        self.context, self.head = table("attention"), table("head")
+        if spec.n_experts == 1:
+            self.dense_layer = table("dense_layer")
+        self.block, self.combine = table("attention_block"), table("combine")
+        self.expert, self.experts = table("expert"), table("experts")
 
-    def attention(self, requests: Sequence[RequestTokens]) -> float:
-        """One layer's attention block over a ragged batch."""
+    def over_context(self, requests: Sequence[RequestTokens]) -> float:
+        """What one layer's attention to what is in the KV cache adds, over a ragged batch."""
         n = len(requests)
         rows = sum(r.n_tokens for r in requests)
-        mean_context = sum(r.context + r.n_tokens for r in requests) / n
-        return self.block(rows) + n * self.context(rows / n, mean_context)
+        return n * self.context(rows / n, sum(r.context for r in requests) / n)
 
 
 class Prices:
@@ -58,34 +70,42 @@ class Prices:
         self._draft = ModelTimes(profile, draft, n_threads) if draft else None
         measured = calibration.disk_gb_per_s if calibration else profile.disk.read_gb_per_s.value  # type: ignore[union-attr]
         self.disk_gb_per_s = min(measured, disk_limit_gb_per_s or measured)
-        self.stride = -(-spec.expert_bytes // 4096) * 4096
+        self.stride = expert_stride(spec)
         self._load_s = self.stride / (self.disk_gb_per_s * 1e9)
-        self._scale = calibration.compute_scale if calibration else 1.0
+        self._calibration = calibration or Calibration(measured)
+        # Measured at the disk's full speed; a capped disk takes its share of that from the memory bus and the cores.
         beside = profile.cpu_slowdown_beside_disk
-        self._beside_disk = beside.value if beside else 1.0
+        self._beside_disk = 1.0 + (beside.value - 1.0) * self.disk_gb_per_s / measured if beside else 1.0
         self._memo: dict[tuple[object, ...], float] = {}
 
     def seconds(self, graph: Graph) -> list[float]:
         """Of every node; a load's is that of the whole expert."""
         streams = any(node.kind == "load" for node in graph.nodes)
-        scale = self._scale * (self._beside_disk if streams else 1.0)
-        return [self._load_s if node.lane == "disk" else scale * self._price(node) for node in graph.nodes]
+        beside = self._beside_disk if streams else 1.0
+        return [self._load_s if node.lane == "disk" else beside * self._price(node) for node in graph.nodes]
+
+    def compute_floor(self, graph: Graph) -> tuple[float, float]:
+        """Seconds of drafting, and of everything on the compute lane, whatever is resident and whatever runs beside."""
+        lane = [(node.kind, self._price(node)) for node in graph.nodes if node.lane == "cpu"]
+        return sum(s for kind, s in lane if kind == "draft"), sum(s for _, s in lane)
 
     def _price(self, node: Node) -> float:
         uses = tuple((u.rows, u.probability) for u in node.experts)
         key = (node.kind, node.rows, uses, len(node.requests), node.requests[0].context if node.requests else 0)
         if key not in self._memo:
-            self._memo[key] = self._operator(node)
+            rows = max((u.rows for u in node.experts), default=node.rows)
+            self._memo[key] = self._operator(node) * self._calibration.scale(rows)
         return self._memo[key]
 
     def _operator(self, node: Node) -> float:
         target = self._target
         match node.kind:
             case "attention":
-                return target.attention(node.requests)
+                return target.block(node.rows) + target.over_context(node.requests)
             case "experts" | "expert":
                 per_slot = target.combine(COMBINE_ROWS) / COMBINE_ROWS / target.spec.n_active
-                return sum(u.probability * (target.expert(u.rows) + u.rows * per_slot) for u in node.experts)
+                seconds = target.expert if node.kind == "expert" else target.experts
+                return sum(u.probability * (seconds(u.rows) + u.rows * per_slot) for u in node.experts)
             case "head":
                 return target.head(node.rows)
             case "draft":
@@ -97,6 +117,5 @@ class Prices:
         times = self._draft
         if times is None:
             raise BadInput("the plan drafts with a model, but no draft model was given.")
-        rows = node.rows
-        layer = times.attention(node.requests) + times.expert(rows) + times.combine(rows)
+        layer = times.dense_layer(node.rows) + times.over_context(node.requests)
         return times.spec.n_layers * layer + times.head(len(node.requests))

@@ -22,16 +22,27 @@ class Schedule:
         return len(self.graph.ends)
 
     @property
+    def steady(self) -> int:
+        """The window that stands for all: the last that has another after it. The first has nothing read ahead for it, the
+        last reads nothing ahead."""
+        return max(self.n_windows - 2, min(1, self.n_windows - 1))
+
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """Begin and end of the steady window: the ends of the window before it and of itself."""
+        ends = [0.0, *(self.end_s[i] for i in self.graph.ends)]
+        return ends[self.steady], ends[self.steady + 1]
+
+    @property
     def period_s(self) -> float:
-        """Time from the end of the last but one window to the end of the last: the steady state."""
-        ends = [self.end_s[i] for i in self.graph.ends]
-        return ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)
+        """How long a window takes when windows follow each other."""
+        begin, end = self.span_s
+        return end - begin
 
     @property
     def busy_s(self) -> dict[str, float]:
-        """By lane, within the last window that has another after it: the last one reads nothing ahead."""
-        ends = [0.0, *(self.end_s[i] for i in self.graph.ends)]
-        begin, end = (ends[-3], ends[-2]) if len(ends) > 2 else (0.0, ends[-1])
+        """By lane, within the steady window's span."""
+        begin, end = self.span_s
         busy = {"cpu": 0.0, "disk": 0.0}
         for node, a, b in zip(self.graph.nodes, self.start_s, self.end_s, strict=True):
             busy[node.lane] += max(0.0, min(b, end) - max(a, begin))
@@ -39,19 +50,18 @@ class Schedule:
 
     @property
     def phases_s(self) -> dict[str, float]:
-        """By kind on the compute lane within the last window, and what is left: `wait`."""
+        """By kind on the compute lane within the steady window, and what is left: `wait`."""
         phases: defaultdict[str, float] = defaultdict(float)
         for node in self.graph.nodes:
-            if node.lane == "cpu" and node.window == self.n_windows - 1:
+            if node.lane == "cpu" and node.window == self.steady:
                 phases[node.kind] += self.end_s[node.index] - self.start_s[node.index]
         phases["wait"] = max(0.0, self.period_s - sum(phases.values()))
         return dict(phases)
 
     @property
     def loads(self) -> float:
-        """Experts read for the last window, dropped ones by their probability."""
-        last = self.n_windows - 1
-        return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == last)
+        """Experts read for the steady window, dropped ones by their probability."""
+        return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == self.steady)
 
 
 def simulate(graph: Graph, seconds: Sequence[float]) -> Schedule:

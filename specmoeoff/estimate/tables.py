@@ -7,6 +7,10 @@ from specmoeoff.errors import BadInput
 from specmoeoff.specs.profile import HardwareProfile, OperatorTable
 
 
+class OutOfRange(BadInput):
+    """A size beyond what was measured."""
+
+
 class OperatorTimes:
     """Seconds of one operator by one or two sizes."""
 
@@ -40,9 +44,9 @@ class OperatorTimes:
         if size < points[0] and axis == 1:
             return 0, 0.0  # a context shorter than the shortest measured costs no more than that
         if size > points[-1] or size < 0:
-            raise BadInput(
+            raise OutOfRange(
                 f"operator {self._table.operator}: {self._table.axes[axis]} = {size:g} is outside the measured "
-                f"{points[0]:g} to {points[-1]:g}; profile the machine with a larger range."
+                f"{points[0]:g} to {points[-1]:g}; choose a smaller batch, draft or context."
             )
         if size < points[0]:
             return 0, 0.0

@@ -124,6 +124,19 @@ class Engine:
         """Whether anything is left to do."""
         return bool(self.live or self._waiting)
 
+    def pause(self) -> None:
+        """Stop reading ahead, so that something else can be measured; the next window begins anew."""
+        self._executor.idle()
+
+    def rewind(self) -> None:
+        """Take every live request back to the first token after its prompt, to run the same work again."""
+        for sequence in self.live:
+            n_prompt = len(sequence.request.prompt)
+            del sequence.tokens[n_prompt + 1 :]
+            sequence.kv_tokens = min(sequence.kv_tokens, n_prompt)
+            for drafter in self._drafters.values():
+                drafter.roll_back(sequence)
+
     def cancel_all(self) -> None:
         """Forget every request."""
         self._waiting.clear()

@@ -134,6 +134,7 @@ class ExpertStore:
                 f"{len(wanted)} resident experts and {stream_slots} stream slots exceed {self.n_slots} slots."
             )
         self.quiesce()
+        self.enter(0, -1)  # windows are counted anew: whatever comes is ahead
         self.resident = {key: slot for key, slot in self.resident.items() if key in wanted}
         self._free_all_but_resident(self.n_slots)
         self.demand_reserve = 0
@@ -151,7 +152,7 @@ class ExpertStore:
             for *_, load in self._lane.pending:
                 load.state = DROPPED
             self._lane.pending.clear()
-            while self._lane.active:
+            while self._lane.active and not self._lane.error:
                 self._change.wait()
         self._free_all_but_resident(self._stream_slots)
 
@@ -269,12 +270,22 @@ class ExpertStore:
             load, chunk = work
             try:
                 self._read_chunk(load, chunk)
+            except OSError as error:
+                self._fail(
+                    BadInput(
+                        f"{self._path}: cannot be read ({error.strerror}); check the disk, then delete this folder."
+                    )
+                )
+                return
             except BaseException as error:
-                with self._change:
-                    self._lane.error = error
-                    self._change.notify_all()
+                self._fail(error)
                 return
             self._finish_chunk(load)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._change:
+            self._lane.error = error
+            self._change.notify_all()
 
     def _read_chunk(self, load: Load, chunk: int) -> None:
         first = chunk * self._chunk_bytes

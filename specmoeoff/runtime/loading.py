@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from specmoeoff.errors import BadInput
+from specmoeoff.errors import BadInput, MissingCapability
+from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
 from specmoeoff.runtime.pack import PackedModel, pack_model
+from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.tokenizer import Tokenizer
-from specmoeoff.specs.plan import Plan
+from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.plan import PlainPlan, Plan
 
 DEMO_DRAFT = "demo-draft"
 Progress = Callable[[str, int, int], None]
@@ -38,21 +41,58 @@ def default_draft(source: str) -> str | None:
 
 
 def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
-    """Check that the models are those the plan was made for, pack them if need be, open everything."""
+    """Check that the plan can run and that the models are those it was made for, pack them if need be, open everything."""
     folder = model_folder(plan.model.source)
-    _same_model(plan.model.fingerprint, folder, plan.model.name)
+    spec = _same_model(plan.model.fingerprint, folder, plan.model.name)
+    for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
+        check_part(name, part, spec)
     draft = None
     if plan.draft is not None:
         draft_folder = model_folder(plan.draft.source)
-        _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name)
+        draft_spec = _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name)
+        if draft_spec.n_experts != 1 or draft_spec.vocab != spec.vocab:
+            raise BadInput(
+                f"{draft_folder}: a draft must be dense and share the target's {spec.vocab} tokens; tune again."
+            )
         draft = pack_model(draft_folder, progress)
-    return Opened(pack_model(folder, progress), draft, Tokenizer(folder))
+    elif plan.decode.drafter == "model":
+        raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
+    opened = Opened(pack_model(folder, progress), draft, Tokenizer(folder))
+    needed, available = plan.memory.rss_bytes, available_bytes()
+    if needed > available:
+        raise MissingCapability(
+            f"the plan needs {needed:,} bytes of memory, {needed - available:,} more than are free; "
+            "make a smaller one with `tune --fast-memory` or `--batch`."
+        )
+    return opened
 
 
-def _same_model(fingerprint: str, folder: Path, name: str) -> None:
+def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
+    """BadInput where placement or sizes cannot be run on this model, as an edited file may have it."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise BadInput(f"{name}: {what}; make the plan anew with `tune`.")
+
+    decode, experts = part.decode, part.experts
+    require(decode.context_tokens <= spec.max_positions, f"decode.context_tokens exceeds {spec.max_positions}")
+    require((decode.drafter == "none") == (decode.draft_length == 0), "decode.drafter and draft_length disagree")
+    for field in ("resident", "prefetch"):
+        require(len(getattr(experts, field)) == spec.n_layers, f"experts.{field} must name {spec.n_layers} layers")
+    for layer, (resident, prefetch) in enumerate(zip(experts.resident, experts.prefetch, strict=True)):
+        numbers = [*resident, *prefetch]
+        require(len({*numbers}) == len(numbers), f"experts: layer {layer} names an expert twice")
+        require(all(0 <= e < spec.n_experts for e in numbers), f"experts: layer {layer} names one it does not have")
+    if experts.n_resident < spec.n_all_experts:
+        fewest = DEMAND_RESERVE_SLOTS + 1
+        require(experts.stream_slots >= fewest, f"experts.stream_slots must be at least {fewest}, where any are read")
+
+
+def _same_model(fingerprint: str, folder: Path, name: str) -> ModelSpec:
     found = read_model_spec(folder)
     if found.fingerprint != fingerprint:
         raise BadInput(
             f"{folder}: the plan was made for another model ({name}, fingerprint {fingerprint[:12]}; this one has "
             f"{found.fingerprint[:12]}); make a plan for this model with `specmoeoff tune`."
         )
+    return found

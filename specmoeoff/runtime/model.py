@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Batch, Kernels, LayerShape, LayerWeights, aligned_empty
+from specmoeoff.kernels.cpu import Batch, DenseStack, Kernels, LayerShape, LayerWeights, aligned_empty
 from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
 from specmoeoff.runtime.pack import PackedModel
@@ -138,6 +138,16 @@ class Model:
         self._kernels.combine(
             work.x[:n_rows], work.expert_out[: n_rows * self.spec.n_active], work.expert_weight[:n_rows]
         )
+
+    def stack(self, packed: Sequence[np.ndarray]) -> DenseStack:
+        """This dense model's layers with their feed-forwards, for `dense_pass`."""
+        return DenseStack(self._layers, packed)
+
+    def dense_pass(self, stack: DenseStack, rows: Rows) -> None:
+        """All layers over rows that begin with row 0."""
+        n, work = rows.last, self.work
+        arrays = (work.normed[:n], work.expert_index[:n], work.expert_weight[:n], work.expert_out[:n])
+        self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.k_pages, self.kv.v_pages, *arrays)
 
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """The most likely next token after each of `rows` (n,), int32; logits (n, vocab) float32 if wanted."""

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from specmoeoff.errors import BadInput
 from specmoeoff.estimate.experts import fit_union_exponent
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
@@ -15,7 +16,7 @@ from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 
-LONGEST_DRAFT = 16
+LONGEST_DRAFT = 24
 UNION_REQUESTS = (1, 2, 4, 8, 16)
 UNION_TOKENS = (1, 2, 3, 5, 9, 13)
 
@@ -101,6 +102,8 @@ def observe(
     """Run the requests once per drafter with long drafts and count. `n_resident` experts are held in memory."""
     spec = target.spec
     context = max(len(r.prompt) + r.max_tokens for r in requests)
+    if context > spec.max_positions:
+        raise BadInput(f"a prompt and its answer take {context} tokens; this model has {spec.max_positions} positions.")
     acceptance: dict[str, Acceptance] = {}
     chosen = np.zeros((spec.n_layers, spec.n_experts))
     log: list[tuple[list[int], np.ndarray]] = []

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from math import log
 from statistics import fmean, median
 
 import numpy as np
@@ -11,11 +12,10 @@ from specmoeoff import __version__
 from specmoeoff.estimate.costs import Calibration, Prices
 from specmoeoff.estimate.memory import expert_stride
 from specmoeoff.estimate.predict import Forecast, forecast
-from specmoeoff.estimate.tables import thread_counts
 from specmoeoff.files import sha256_text
 from specmoeoff.pipeline import Node
 from specmoeoff.roofline.profile import machine
-from specmoeoff.roofline.recalibrate import Recalibration, recalibrate
+from specmoeoff.roofline.recalibrate import Recalibrator, Slice, mean_of
 from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
@@ -49,9 +49,22 @@ class Options:
     n_pairs: int = 6
     block_windows: int = 10
     uncapped_block_windows: int = 5
+    resident_pairs: int = 3
     sweep_windows: int = 2
     accept: Callable[[list[int], list[int]], int] = accept
     progress: Callable[[str, float], None] = field(default=lambda what, share: None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Windows of one plan run one after the other, the timeline of the last, and the machine's speed around them."""
+
+    windows: list[Window]
+    timeline: tuple[TimelineEvent, ...]
+    speed: Slice
+
+
+Blocks = dict[str, list[Block]]
 
 
 def tuned_part(plan: Plan) -> PlainPlan:
@@ -86,7 +99,7 @@ class Validator:
         self.sweep: list[SweepPoint] = []
         self.measured_events: tuple[TimelineEvent, ...] = ()
         self.predicted_events: tuple[TimelineEvent, ...] = ()
-        self.disk_seen: list[float] = []
+        self.recalibrator: Recalibrator | None = None
         self.lossless: bool | None = None
         self.bytes_planned = self.bytes_read = self.rss_bytes = self.n_tokens = 0
 
@@ -137,19 +150,12 @@ class Validator:
         self._check("experts intact", not damaged, detail, cause)
         return not damaged
 
-    def _recalibrate(self) -> Recalibration:
-        self.options.progress("recalibrating", 0.0)
-        threads, path = self.tuned.threads.compute, self.opened.target.expert_path
-        result = recalibrate(self.profile, self.spec, threads, path, 2.0)
-        self.disk_seen += result.disk_samples_gb_per_s
-        return result
-
     def _run_as_planned(self) -> dict[str, list[int]]:
         """The plan itself over the requests: its output, its memory, its bytes."""
         requests = [replace(r, max_tokens=min(r.max_tokens, LOSSLESS_TOKENS)) for r in self.requests]
         total = sum(r.max_tokens for r in requests)
         before, done = disk_bytes_read(), 0
-        with self._engine(self.tuned, self.tuned) as engine:
+        with self._engine({"tuned": self.tuned}) as engine:
             loaded = disk_bytes_read() - before - engine.store.bytes_planned
             engine.accept = self.options.accept
             engine.submit(requests)
@@ -182,72 +188,79 @@ class Validator:
     def _run_resident(self, tuned_output: dict[str, list[int]]) -> None:
         """Plain decoding with every expert in memory: the reference output, and windows that only compute bounds."""
         everything = self._everything()
-        plain, tuned = self._resident(self.plain, everything), self._resident(self.tuned, everything)
-        if everything is None:
-            plain, tuned = self.plain, self.tuned
+        parts = {"plain": self.plain, "tuned": self.tuned}
+        if everything is not None:
+            parts = {name: part.model_copy(update={"experts": everything}) for name, part in parts.items()}
         requests = [replace(r, max_tokens=min(r.max_tokens, LOSSLESS_TOKENS)) for r in self.requests]
-        with self._engine(plain, tuned) as engine:
+        with self._engine(parts, room=True) as engine:
             engine.submit(requests)
             total, done = sum(r.max_tokens for r in requests), 0
-            for window in engine.run("plain, all resident"):
+            for window in engine.run("plain decoding"):
                 done += window.tokens
                 self.windows.append(window)
                 self.options.progress("plain decoding", done / total)
-            plain_output = {s.request.request_id: s.output for s in engine.finished}
-            self._compare_outputs(plain_output, tuned_output)
+            self._compare_outputs({s.request.request_id: s.output for s in engine.finished}, tuned_output)
+            engine.finished.clear()
             if everything is not None:
-                self._warm(engine, extra_tokens=0)
-                self.calibration = self._recalibrate()
-                for name, part in (("plain", plain), ("tuned", tuned)):
-                    windows = self._block(engine, part, f"{name}, all resident", self._fitting(engine, part))
-                    self._compare_window(f"{name} window, all experts resident", part, windows, None)
+                self._warm(engine, 0)
+                blocks: Blocks = {name: [] for name in parts}
+                for i in range(self.options.resident_pairs):
+                    self._pair(engine, parts, blocks, i, "all experts resident", self.options.uncapped_block_windows)
+                for name, part in parts.items():
+                    self._compare_windows(f"{name} window, all experts resident", part, blocks[name], None)
 
     def _run_pairs(self) -> None:
         """Plain and tuned in turn, at the plan's disk limit and without one; then the other draft lengths."""
-        o = self.options
-        k = self.tuned.decode.draft_length
-        extra = 64 + (o.n_pairs * (o.block_windows + 1) + len(SWEEP_LENGTHS) * (o.sweep_windows + 1)) * (k + 2)
-        with self._engine(self.plain, self.tuned, extra_tokens=extra) as engine:
-            self._warm(engine, extra)
-            self.calibration = self._recalibrate()
-            self._speed_up(engine, self.limit, o.block_windows)
-            self._sweep(engine)
-            if self.limit is not None:
-                engine.cancel_all()
-                self._warm(engine, extra)
+        o, parts = self.options, {"plain": self.plain, "tuned": self.tuned}
+        limits = {self.limit: o.block_windows}
+        if self.limit is not None:
+            limits[None] = o.uncapped_block_windows
+        every: dict[float | None, Blocks] = {limit: {name: [] for name in parts} for limit in limits}
+        with self._engine(parts, room=True) as engine:
+            for i in range(o.n_pairs):
                 engine.store.bucket.gb_per_s = None
-                self._speed_up(engine, None, o.uncapped_block_windows)
+                self._warm(engine, i)
+                for limit, n_windows in limits.items():
+                    o.progress(f"plain against tuned, {_named(limit)}", i / o.n_pairs)
+                    engine.store.bucket.gb_per_s = limit
+                    self._pair(engine, parts, every[limit], i, _named(limit), n_windows)
+            engine.store.bucket.gb_per_s = self.limit
+            self._sweep(engine)
+        for limit, blocks in every.items():
+            self._speed_up(blocks, limit)
 
     def _profile_disk(self) -> None:
-        """Whether the stored profile's disk is a speed this disk was seen to have."""
+        """Whether the stored profile's disk is this disk. Shared disks change speed: only what is too fast or too slow in
+        its middle and at its best is another disk."""
         disk = self.profile.disk
-        if disk is None:
+        if disk is None or self.recalibrator is None:
             return
-        stored, fastest, slowest = disk.read_gb_per_s.value, max(self.disk_seen), min(self.disk_seen)
-        detail = f"profile {stored:.2f} GB/s, seen now {slowest:.2f} to {fastest:.2f} GB/s"
-        too_fast, too_slow = stored / fastest, slowest / stored
-        cause = (
-            f"the profile's disk is {too_fast:.1f}x too fast"
-            if too_fast > 1
-            else f"the profile's disk is {too_slow:.1f}x too slow"
-        )
-        passed = too_fast <= 1 + DISK_ERROR and too_slow <= 1 + DISK_ERROR
-        self._check("profile's disk", passed, detail, f"{cause} ({detail}): profile the machine again")
+        rate, seen = disk.read_gb_per_s, [s.disk_gb_per_s for s in self.recalibrator.slices]
+        shift = rate.value / median(rate.samples)  # an edited value moves the whole disk
+        middles, bests = rate.value / median(seen), shift * _best(rate.samples) / _best(seen)
+        mildest = min(middles, bests, key=lambda ratio: abs(log(ratio))) if (middles > 1) == (bests > 1) else 1.0
+        detail = f"profile {rate.value:.2f} GB/s, seen now {median(seen):.2f}, at best {_best(seen):.2f} GB/s"
+        way = f"{mildest:.1f}x too fast" if mildest > 1 else f"{1 / mildest:.1f}x too slow"
+        cause = f"the profile's disk is {way} ({detail}): profile the machine again"
+        self._check("profile's disk", max(mildest, 1 / mildest) <= 1 + DISK_ERROR, detail, cause)
 
     # ---- how ----------------------------------------------------------------------------------------------------------
 
-    def _engine(self, first: PlainPlan, second: PlainPlan, extra_tokens: int = 0) -> Engine:
-        """An engine that can be configured as either part, running the first."""
-        k = max(first.decode.draft_length, second.decode.draft_length)
-        if extra_tokens:
-            k = max(k, *SWEEP_LENGTHS)
-        context = min(first.decode.context_tokens + extra_tokens, self.spec.max_positions)
+    def _engine(self, parts: dict[str, PlainPlan], room: bool = False) -> Engine:
+        """An engine that can be configured as any of the parts, running the first; `room`: for blocks after a prompt."""
+        first = next(iter(parts.values()))
+        k = max(p.decode.draft_length for p in parts.values())
+        context = first.decode.context_tokens
+        if room:
+            k, longest = max(k, *SWEEP_LENGTHS), max(len(r.prompt) for r in self.requests)
+            windows = max(self.options.block_windows, self.options.uncapped_block_windows) + 2
+            context = min(max(context, longest + windows * (k + 1)), self.spec.max_positions)
         widest = first.decode.model_copy(update={"draft_length": k, "context_tokens": context, "drafter": "none"})
-        slots = max(p.experts.n_resident + p.experts.stream_slots for p in (first, second))
-        if first is second:
+        slots = max(p.experts.n_resident + p.experts.stream_slots for p in parts.values())
+        if len(parts) == 1:
             widest = first.decode
         engine = Engine(self.opened.target, self.opened.draft, widest, first.experts, first.threads, self.limit, slots)
-        if first is not second:
+        if len(parts) > 1:
             self._configure(engine, first)
         return engine
 
@@ -256,28 +269,42 @@ class Validator:
         context = engine.decode.context_tokens
         engine.configure(part.decode.model_copy(update={"context_tokens": context}), part.experts)
 
-    def _warm(self, engine: Engine, extra_tokens: int) -> None:
-        """All places decoding, end of sequence ignored, with room for `extra_tokens` more (0: all the context has)."""
-        context = engine.decode.context_tokens
-        batch = self.tuned.decode.batch
-        chosen = sorted(self.requests, key=lambda r: len(r.prompt))[: max(1, len(self.requests) * 3 // 4)]
-        chosen = [chosen[i % len(chosen)] for i in np.linspace(0, len(chosen) - 1, batch).round().astype(int)]
-        engine.submit(Request(f"live {i}", r.prompt, context - len(r.prompt), ()) for i, r in enumerate(chosen[:batch]))
-        self._configure(engine, self.plain)
-        while True:
+    def _warm(self, engine: Engine, turn: int) -> None:
+        """Every place decoding, end of sequence ignored; each turn takes other prompts where there are more."""
+        engine.cancel_all()
+        context, batch = engine.decode.context_tokens, self.tuned.decode.batch
+        chosen = [self.requests[(turn * batch + i) % len(self.requests)] for i in range(batch)]
+        engine.submit(Request(f"live {i}", r.prompt, context - len(r.prompt), ()) for i, r in enumerate(chosen))
+        while not engine.live or any(s.prefilling for s in engine.live) or len(engine.live) < batch:
             engine.step("warm-up")
-            if not any(s.prefilling for s in engine.live) and len(engine.live) == batch:
-                return
+            engine.rewind()  # none may end before the last has begun
 
-    def _fitting(self, engine: Engine, part: PlainPlan) -> int:
-        """How many windows of a part are sure not to end a request, at most a block's."""
-        left = min(s.n_remaining for s in engine.live)
-        return max(1, min(self.options.block_windows, left // (2 * (part.decode.draft_length + 1)) - 1))
+    def _pair(
+        self, engine: Engine, parts: dict[str, PlainPlan], into: Blocks, turn: int, label: str, n_windows: int
+    ) -> None:
+        """One block of each part, from the same tokens on; every other turn in the other order."""
+        if self.recalibrator is None:
+            threads, path = self.tuned.threads.compute, self.opened.target.expert_path
+            self.recalibrator = Recalibrator(self.profile, self.spec, threads, path)
+        engine.pause()
+        before = self.recalibrator.slice()
+        for name in list(parts) if turn % 2 == 0 else list(parts)[::-1]:
+            engine.rewind()
+            windows = self._block(engine, parts[name], f"{name}, {label}", n_windows)
+            timeline = _events(engine)
+            engine.pause()
+            after = self.recalibrator.slice()
+            into[name].append(Block(windows, timeline, mean_of([before, after])))
+            before = after
 
     def _block(self, engine: Engine, part: PlainPlan, label: str, n_windows: int) -> list[Window]:
+        """Windows of one part; the first, which fills the pipeline, is not among them."""
         self._configure(engine, part)
         engine.step("warm-up")
-        windows = [engine.step(label) for _ in range(n_windows)]
+        left = min(s.n_remaining for s in engine.live)
+        windows = [
+            engine.step(label) for _ in range(max(1, min(n_windows, left // (part.decode.draft_length + 1) - 1)))
+        ]
         self.windows += windows
         return windows
 
@@ -288,9 +315,6 @@ class Validator:
             return None
         layers = self.spec.n_layers
         return PlanExperts(resident=(per_layer,) * layers, prefetch=((),) * layers, stream_slots=0)
-
-    def _resident(self, part: PlainPlan, everything: PlanExperts | None) -> PlainPlan:
-        return part if everything is None else part.model_copy(update={"experts": everything})
 
     def _compare_outputs(self, plain: dict[str, list[int]], tuned: dict[str, list[int]]) -> None:
         different = [i for i in plain if plain[i] != tuned.get(i)]
@@ -307,64 +331,51 @@ class Validator:
         detail = f"{len(plain) - len(different)} of {len(plain)} requests, {n_tokens} tokens equal to plain decoding"
         self._check("lossless", not different, detail, cause)
 
-    def _forecast(
-        self, part: PlainPlan, windows: Sequence[Window], limit: float | None, recalibrated: bool
-    ) -> Forecast:
+    def _forecast(self, part: PlainPlan, block: Block, limit: float | None, recalibrated: bool) -> Forecast:
         calibration = None
         if recalibrated:
-            calibration = Calibration(self.calibration.disk_gb_per_s, self.calibration.compute_scale)
-        known = thread_counts(self.profile, self.spec.shape_key)
-        threads = part.threads.compute if part.threads.compute in known else known[0]
-        prices = Prices(self.profile, self.spec, self.draft_spec, threads, limit, calibration)
-        contexts = [int(fmean(w.mean_context for w in windows))] * windows[0].live
+            calibration = Calibration(block.speed.disk_gb_per_s, block.speed.memory_scale, block.speed.compute_scale)
+        prices = Prices(self.profile, self.spec, self.draft_spec, part.threads.compute, limit, calibration)
+        contexts = [int(fmean(w.mean_context for w in block.windows))] * block.windows[0].live
         return forecast(self.spec, self.workload, part.decode, part.experts, prices, contexts)
 
-    def _compare_window(self, name: str, part: PlainPlan, windows: Sequence[Window], limit: float | None) -> Forecast:
-        """Predicted against measured window time, recalibrated (judged) and from the stored profile (told)."""
-        measured = median(w.duration_s for w in windows)
-        stored = self._forecast(part, windows, limit, recalibrated=False)
-        now = self._forecast(part, windows, limit, recalibrated=True)
-        for which, provenance in ((now, "predicted, recalibrated"), (stored, "predicted, stored profile")):
+    def _compare_windows(self, name: str, part: PlainPlan, blocks: list[Block], limit: float | None) -> None:
+        """Predicted against measured window time, recalibrated (judged) and from the stored profile (told): medians of
+        blocks, each with the machine's speed just before and after it."""
+        times = [median(w.duration_s for w in b.windows) for b in blocks]
+        measured, ratios, bound = median(times), {}, ""
+        for recalibrated in (True, False):
+            forecasts = [self._forecast(part, b, limit, recalibrated).prediction for b in blocks]
+            ratio = median(f.window_s / t for f, t in zip(forecasts, times, strict=True))
+            ratios[recalibrated] = ratio - 1
+            bound = bound or forecasts[0].bound
             self.comparisons.append(
                 Comparison(
                     name=name,
-                    predicted=which.prediction.window_s,
+                    predicted=ratio * measured,
                     measured=measured,
                     unit="s",
-                    provenance=provenance,
-                    limit=WINDOW_ERROR if which is now else None,
+                    provenance=f"predicted, {'recalibrated' if recalibrated else 'stored profile'}",
+                    limit=WINDOW_ERROR if recalibrated else None,
                 )
             )
-        comparison = self.comparisons[-2]
-        bound = now.prediction.bound
+        error = ratios[True]
         self._check(
             f"prediction: {name}",
-            abs(comparison.error) <= WINDOW_ERROR,
-            f"predicted {comparison.predicted * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({comparison.error:+.1%}), "
-            f"stored profile {self.comparisons[-1].error:+.1%}, {bound}-bound",
-            f"{name}: the prediction is {comparison.error:+.0%} off on the {bound} lane: profile the machine again",
+            abs(error) <= WINDOW_ERROR,
+            f"predicted {(1 + error) * measured * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({error:+.1%}), "
+            f"stored profile {ratios[False]:+.1%}, {bound}-bound",
+            f"{name}: the prediction is {error:+.0%} off on the {bound} lane: profile the machine again",
         )
-        return now
 
-    def _speed_up(self, engine: Engine, limit: float | None, n_windows: int) -> None:
-        label = f"disk capped at {limit:g} GB/s" if limit else "disk uncapped"
-        blocks: dict[str, list[list[Window]]] = {"plain": [], "tuned": []}
-        timelines: list[tuple[float, tuple[TimelineEvent, ...]]] = []
-        for i in range(self.options.n_pairs):
-            self.options.progress(f"plain against tuned, {label}", i / self.options.n_pairs)
-            order = ("plain", "tuned") if i % 2 == 0 else ("tuned", "plain")
-            for name in order:
-                part = self.plain if name == "plain" else self.tuned
-                blocks[name].append(self._block(engine, part, f"{name}, {label}", n_windows))
-                if name == "tuned" and limit == self.limit:
-                    timelines.append((blocks[name][-1][-1].duration_s, _events(engine)))
-        rates = {name: [_rate(b) for b in each] for name, each in blocks.items()}
-        disks = {name: [_disk_rate(b) for b in each] for name, each in blocks.items()}
+    def _speed_up(self, blocks: Blocks, limit: float | None) -> None:
+        rates = {name: [_rate(b.windows) for b in each] for name, each in blocks.items()}
+        disks = {name: [_disk_rate(b.windows) for b in each] for name, each in blocks.items()}
         middle, low, high, confidence = paired_ratios(rates["tuned"], rates["plain"])
         bound, reason = self._bound(blocks, limit)
         self.speed_ups.append(
             SpeedUp(
-                label=label,
+                label=_named(limit),
                 disk_limit_gb_per_s=limit,
                 pairs=tuple(
                     Pair(plain_tokens_per_s=p, tuned_tokens_per_s=t, plain_disk_gb_per_s=dp, tuned_disk_gb_per_s=dt)
@@ -380,21 +391,20 @@ class Validator:
         )
         if limit == self.limit:
             for name, part in (("plain", self.plain), ("tuned", self.tuned)):
-                windows = [w for block in blocks[name] for w in block]
-                now = self._compare_window(f"{name} window, {label}", part, windows, limit)
-                if name == "tuned":
-                    typical = median(w.duration_s for w in windows)
-                    self.measured_events = min(timelines, key=lambda t: abs(t[0] - typical))[1]
-                    self.predicted_events = _predicted_events(now)
-            self._plain_near_bound([w for block in blocks["plain"] for w in block], disks["plain"])
+                self._compare_windows(f"{name} window, {_named(limit)}", part, blocks[name], limit)
+            typical = median(b.windows[-1].duration_s for b in blocks["tuned"])
+            shown = min(blocks["tuned"], key=lambda b: abs(b.windows[-1].duration_s - typical))
+            self.measured_events = shown.timeline
+            self.predicted_events = _predicted_events(self._forecast(self.tuned, shown, limit, recalibrated=True))
+            self._plain_near_bound([w for b in blocks["plain"] for w in b.windows], disks["plain"])
 
-    def _bound(self, blocks: dict[str, list[list[Window]]], limit: float | None) -> tuple[float, str]:
+    def _bound(self, blocks: Blocks, limit: float | None) -> tuple[float, str]:
         """Speed-up if both ran at the limit of their own bytes, FLOPs and acceptance."""
-        disk = max(self.disk_seen) if limit is None else limit
+        disk = limit or _best([s.disk_gb_per_s for s in self.recalibrator.slices])  # type: ignore[union-attr]
         peak = self.profile.peak("bf16_dot", self.tuned.threads.compute) or 0.0
         seconds, tokens = {}, {}
         for name, each in blocks.items():
-            windows = [w for block in each for w in block]
+            windows = [w for block in each for w in block.windows]
             disk_s = fmean(w.disk_bytes for w in windows) / (disk * 1e9)
             flops = fmean(w.rows for w in windows) * _flops_per_row(self.spec)
             if name == "tuned" and self.draft_spec is not None:
@@ -434,9 +444,8 @@ class Validator:
         for i, k in enumerate(SWEEP_LENGTHS):
             self.options.progress("other draft lengths", i / len(SWEEP_LENGTHS))
             decode = self.tuned.decode.model_copy(update={"draft_length": k})
+            engine.rewind()
             part = self.tuned.model_copy(update={"decode": decode})
-            if min(s.n_remaining for s in engine.live) <= (k + 1) * (self.options.sweep_windows + 2):
-                return
             windows = self._block(engine, part, f"draft length {k}", self.options.sweep_windows)
             names = {name for w in windows for name in w.phases_s}
             self.sweep.append(
@@ -448,6 +457,14 @@ class Validator:
                     phases_s={name: fmean(w.phases_s.get(name, 0.0) for w in windows) for name in sorted(names)},
                 )
             )
+
+
+def _named(limit: float | None) -> str:
+    return f"disk capped at {limit:g} GB/s" if limit else "disk uncapped"
+
+
+def _best(rates: Sequence[float]) -> float:
+    return float(np.percentile(rates, 90))
 
 
 def _rate(windows: Sequence[Window]) -> float:
@@ -483,12 +500,11 @@ def _events(engine: Engine) -> tuple[TimelineEvent, ...]:
 
 
 def _predicted_events(forecast_: Forecast) -> tuple[TimelineEvent, ...]:
-    """Of the last simulated window, on the measured window's clock."""
+    """Of the steady window, on the measured window's clock."""
     schedule = forecast_.schedule
-    ends = schedule.graph.ends
-    origin = schedule.end_s[ends[-2]]
+    origin = schedule.span_s[0]
     return tuple(
         _event(n, schedule.start_s[n.index], schedule.end_s[n.index], origin)
         for n in schedule.graph.nodes
-        if n.window == schedule.n_windows - 1 and schedule.end_s[n.index] > schedule.start_s[n.index]
+        if n.window == schedule.steady and schedule.end_s[n.index] > schedule.start_s[n.index]
     )

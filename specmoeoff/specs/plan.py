@@ -1,9 +1,13 @@
 """A finished plan: everything the runtime needs, and what the tuner predicted of it."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from specmoeoff.specs.base import FileSpec, Spec
 
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
 DrafterName = Literal["none", "ngram", "model"]
 
 
@@ -19,11 +23,11 @@ class PlanDecode(Spec):
     """k drafted, k+1 verified, 1..k+1 emitted. k = 0 is plain decoding."""
 
     drafter: DrafterName
-    draft_length: int
-    batch: int
-    micro_batches: int
-    context_tokens: int
-    prefill_chunk_tokens: int
+    draft_length: NotNegative
+    batch: Positive
+    micro_batches: Positive
+    context_tokens: Positive
+    prefill_chunk_tokens: Positive
 
 
 class PlanExperts(Spec):
@@ -31,7 +35,7 @@ class PlanExperts(Spec):
 
     resident: tuple[tuple[int, ...], ...]
     prefetch: tuple[tuple[int, ...], ...]
-    stream_slots: int
+    stream_slots: NotNegative
 
     @property
     def n_resident(self) -> int:
@@ -39,23 +43,23 @@ class PlanExperts(Spec):
 
 
 class PlanThreads(Spec):
-    compute: int
-    disk_readers: int
-    disk_chunk_bytes: int
+    compute: Positive
+    disk_readers: Positive
+    disk_chunk_bytes: Positive
 
 
 class PlanLimits(Spec):
     fast_memory_bytes: int
     host_memory_bytes: int
-    disk_limit_gb_per_s: float | None = None
+    disk_limit_gb_per_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class PlanMemory(Spec):
     """Bytes by tier and purpose; the process's peak RSS is predicted as the sum of both."""
 
-    fast: dict[str, int]
-    host: dict[str, int]
-    disk: dict[str, int]
+    fast: dict[str, NotNegative]
+    host: dict[str, NotNegative]
+    disk: dict[str, NotNegative]
 
     @property
     def rss_bytes(self) -> int:

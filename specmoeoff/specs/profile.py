@@ -1,8 +1,9 @@
 """What was measured of a machine. Rates in GB/s (1e9) and GFLOP/s; every number keeps its samples."""
 
-from typing import ClassVar, Literal
+from math import prod
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from specmoeoff.specs.base import FileSpec, Spec
 
@@ -12,10 +13,10 @@ Provenance = Literal["measured", "fitted", "datasheet", "published"]
 class Measurement(Spec):
     """Samples of one quantity; `value` is the statistic planners use (named in `statistic`)."""
 
-    value: float
+    value: Annotated[float, Field(ge=0)]
     unit: str
     statistic: str
-    samples: tuple[float, ...]
+    samples: Annotated[tuple[float, ...], Field(min_length=1)]
     provenance: Provenance = "measured"
     note: str = ""
 
@@ -28,10 +29,16 @@ class Roof(Spec):
     rate: Measurement
 
 
+def _positive(rate: Measurement) -> Measurement:
+    if rate.value <= 0:
+        raise ValueError("a rate must be above 0")
+    return rate
+
+
 class DiskLink(Spec):
     """Reads with O_DIRECT: seconds = latency_s + bytes / bandwidth, at the stated depth of parallel reads."""
 
-    read_gb_per_s: Measurement
+    read_gb_per_s: Annotated[Measurement, AfterValidator(_positive)]
     latency_s: Measurement
     chunk_bytes: int
     n_readers: int
@@ -57,6 +64,13 @@ class OperatorTable(Spec):
     n_samples: int
     loo_error: float | None = None
     provenance: Provenance = "measured"
+
+    @model_validator(mode="after")
+    def _one_value_a_point(self) -> Self:
+        n = prod(map(len, self.grid))
+        if len(self.axes) != len(self.grid) or any(len(v) != n for v in (self.seconds, self.flops, self.bytes)):
+            raise ValueError(f"operator {self.operator}: {n} values over {len(self.axes)} axes are expected")
+        return self
 
 
 class Machine(Spec):

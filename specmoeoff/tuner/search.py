@@ -1,111 +1,130 @@
-"""Two searches over one space: all of it, or Optuna's share of it. Both see the same objective."""
+"""Two searches over one space: all of it, or Optuna's share of it. Both see the same prices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from specmoeoff.errors import BadInput
+from specmoeoff.specs.plan import Prediction
 from specmoeoff.tuner.space import Choice, Space
 
 SearchName = Literal["exhaustive", "optuna"]
-# Tokens per second of a choice, None where it does not fit.
-Objective = Callable[[Choice], float | None]
+# What is predicted of a choice, None where it does not fit or was not measured.
+Price = Callable[[Choice], Prediction | None]
+# Tokens per second that a choice cannot exceed, much cheaper than its price.
+Bound = Callable[[Choice], float]
 Progress = Callable[[float], None]
 
+TIE = 0.995  # closer than any prediction is true: the choice that drafts less, then reads less, is taken
 
-def exhaustive(space: Space, objective: Objective, progress: Progress = lambda share: None) -> list[Choice]:
-    """Feasible choices, best first.
 
-    First every draft length with half of the other axes' points, then the whole neighbourhood of the best of each
-    length: the axes other than the length act on it smoothly.
+def rank(priced: dict[Choice, Prediction | None]) -> list[Choice]:
+    """Feasible choices, best first; those that tie with the best by how little they draft and read."""
+    feasible = {c: p for c, p in priced.items() if p is not None}
+    best = max((p.tokens_per_s for p in feasible.values()), default=0.0)
+
+    def key(choice: Choice) -> tuple[float, ...]:
+        p = feasible[choice]
+        if p.tokens_per_s >= TIE * best:
+            return 0, choice.draft_length, p.disk_bytes
+        return 1, -p.tokens_per_s
+
+    return sorted(feasible, key=key)
+
+
+def exhaustive(space: Space, price: Price, bound: Bound, progress: Progress = lambda share: None) -> list[Choice]:
+    """The best of all choices, and of each draft length at its batch (within TIE).
+
+    Choices are priced in the order of their bounds, until the bound of the next shows that no other can win.
     """
     choices = list(space.choices())
-    threads, micro = max(space.n_threads), space.micro_batches[0]
-    coarse = [c for c in choices if c.n_threads == threads and c.micro_batches == micro]
-    coarse = [c for c in coarse if c.prefetch_threshold in space.prefetch_thresholds[::2]]
-    values: dict[Choice, float] = {}
+    priced: dict[Choice, Prediction | None] = {}
 
-    def evaluate(some: list[Choice], begin: float, end: float) -> None:
-        for i, choice in enumerate(some):
-            if choice not in values:
-                value = objective(choice)
-                values[choice] = -1.0 if value is None else value
-            progress(begin + (end - begin) * (i + 1) / len(some))
+    def price_best(some: Iterable[Choice], margin: float) -> None:
+        best = 0.0
+        for choice in sorted(some, key=lambda c: -bound(c)):
+            if bound(choice) <= margin * best:
+                return
+            if choice not in priced:
+                priced[choice] = price(choice)
+            found = priced[choice]
+            best = max(best, found.tokens_per_s if found else 0.0)
 
-    evaluate(coarse, 0.0, 0.6)
-    best: dict[tuple[str, int], Choice] = {}
-    for choice in sorted(coarse, key=lambda c: -values[c]):
-        best.setdefault((choice.drafter, choice.draft_length), choice)
-    evaluate([c for c in choices if _adjacent(c, best[c.drafter, c.draft_length], space)], 0.6, 1.0)
-    return sorted((c for c in values if values[c] > 0), key=lambda c: -values[c])
-
-
-def _adjacent(choice: Choice, other: Choice, space: Space) -> bool:
-    """Equal but for at most one step on each of the other axes, and at most two axes changed."""
-    steps = [
-        abs(axis.index(a) - axis.index(b))
-        for axis, a, b in (
-            (space.stream_slots, choice.stream_slots, other.stream_slots),
-            (space.prefetch_thresholds, choice.prefetch_threshold, other.prefetch_threshold),
-            (space.micro_batches, choice.micro_batches, other.micro_batches),
-            (space.n_threads, choice.n_threads, other.n_threads),
-        )
-        if choice.stream_slots or axis is not space.prefetch_thresholds
-    ]
-    return max(steps) <= 1 and sum(steps) <= 2
+    price_best(choices, 1.0)
+    if ranked := rank(priced):
+        lengths: dict[tuple[str, int], list[Choice]] = {}
+        for choice in choices:
+            if choice.batch == ranked[0].batch:
+                lengths.setdefault((choice.drafter, choice.draft_length), []).append(choice)
+        for i, some in enumerate(lengths.values()):
+            price_best(some, 1 / TIE)
+            progress((i + 1) / len(lengths))
+    return rank(priced)
 
 
 def optuna_search(
     space: Space,
-    objective: Objective,
+    price: Price,
     n_trials: int,
     seed: int,
+    problem: str,
     storage: str | None = None,
     progress: Progress = lambda share: None,
 ) -> list[Choice]:
-    """Optuna's TPE, one trial at a time; the sampler is seeded anew from (seed, trial), so a resumed study is identical."""
+    """Optuna's TPE, one trial at a time; the sampler is seeded anew from (seed, trial), so a resumed study is identical.
+
+    `problem` names what is asked for: a study is resumed only for the same problem.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     drafts = [(d, k) for d, lengths in space.draft_lengths.items() for k in lengths]
-    values: dict[Choice, float] = {}
+    axes = {
+        "batch": space.batches,
+        "micro_batches": space.micro_batches,
+        "stream_slots": space.stream_slots,
+        "prefetch": space.prefetch_thresholds,
+        "threads": space.n_threads,
+    }
+    priced: dict[Choice, Prediction | None] = {}
 
-    def suggest(trial: optuna.Trial) -> Choice:
-        drafter, length = drafts[trial.suggest_int("draft", 0, len(drafts) - 1)]
-        return Choice(
-            drafter,
-            length,
-            space.micro_batches[trial.suggest_int("micro_batches", 0, len(space.micro_batches) - 1)],
-            space.stream_slots[trial.suggest_int("stream_slots", 0, len(space.stream_slots) - 1)],
-            space.prefetch_thresholds[trial.suggest_int("prefetch", 0, len(space.prefetch_thresholds) - 1)],
-            space.n_threads[trial.suggest_int("threads", 0, len(space.n_threads) - 1)],
-        )
+    def choice_of(index: dict[str, int]) -> Choice:
+        return Choice(*drafts[index["draft"]], *(values[index[name]] for name, values in axes.items()))  # type: ignore[arg-type]
 
-    try:
-        study = optuna.create_study(
-            direction="maximize", storage=_storage(storage), study_name=f"specmoeoff-{seed}", load_if_exists=True
-        )
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--storage {storage}: cannot be opened: {error}.") from None
+    study = _open_study(optuna, storage, f"specmoeoff-{problem}-{seed}")
     if not study.trials:
-        middle = len(drafts) // 2
-        for start in (0, middle):
-            axes = {"micro_batches": 0, "stream_slots": len(space.stream_slots) // 2, "prefetch": 0, "threads": 0}
-            study.enqueue_trial({"draft": start, **axes})
-    for done in range(len(study.trials) - sum(t.state.name == "WAITING" for t in study.trials), n_trials):
+        for start in (0, len(drafts) // 2):
+            middle = {"batch": len(space.batches) // 2, "stream_slots": len(space.stream_slots) // 2}
+            study.enqueue_trial({"draft": start, **dict.fromkeys(axes, 0), **middle})
+    for trial in study.trials:  # of an earlier sitting
+        if trial.state == optuna.trial.TrialState.COMPLETE:
+            choice = choice_of(trial.params)
+            priced.setdefault(choice, price(choice))
+        elif trial.state == optuna.trial.TrialState.RUNNING:  # killed there
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    for done in range(sum(t.state.is_finished() for t in study.trials), n_trials):
         study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + done)
         trial = study.ask()
-        choice = suggest(trial)
-        if choice not in values:
-            value = objective(choice)
-            values[choice] = -1.0 if value is None else value
-        trial.set_constraint("fits", 0.0 if values[choice] > 0 else 1.0)
-        study.tell(trial, values[choice])
+        sizes = {"draft": len(drafts), **{name: len(values) for name, values in axes.items()}}
+        choice = choice_of({name: trial.suggest_int(name, 0, n - 1) for name, n in sizes.items()})
+        if choice not in priced:
+            priced[choice] = price(choice)
+        found = priced[choice]
+        trial.set_constraint("fits", 0.0 if found else 1.0)
+        study.tell(trial, found.tokens_per_s if found else 0.0)
         progress((done + 1) / n_trials)
-    for trial in study.trials:  # trials of an earlier sitting count too
-        if trial.params:
-            choice = suggest(optuna.trial.FixedTrial(trial.params))  # type: ignore[arg-type]
-            values.setdefault(choice, trial.value if trial.value is not None else -1.0)
-    return sorted((c for c in values if values[c] > 0), key=lambda c: -values[c])
+    return rank(priced)
+
+
+def _open_study(optuna, storage: str | None, name: str):  # type: ignore[no-untyped-def]
+    try:
+        return optuna.create_study(
+            direction="maximize", storage=_storage(storage), study_name=name, load_if_exists=True
+        )
+    except Exception as error:  # of whichever database library
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"--storage {storage}: cannot be opened ({reason}); give a journal file or a database URL."
+        ) from None
 
 
 def _storage(url: str | None) -> object:
@@ -115,3 +134,12 @@ def _storage(url: str | None) -> object:
     from optuna.storages.journal import JournalFileBackend
 
     return JournalStorage(JournalFileBackend(url))
+
+
+def lengths_once(ranked: Iterable[Choice]) -> Iterator[Choice]:
+    """The best of each draft length, in the order given."""
+    seen: set[int] = set()
+    for choice in ranked:
+        if choice.draft_length not in seen:
+            seen.add(choice.draft_length)
+            yield choice

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
+from specmoeoff.errors import BadInput
 from specmoeoff.estimate.experts import most_used, probability_used
 from specmoeoff.estimate.tables import thread_counts
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
@@ -15,8 +17,9 @@ from specmoeoff.specs.workload import Workload
 
 # Read ahead only what is used at least this often; above 1: nothing, the router is waited for.
 PREFETCH_THRESHOLDS = (0.0, 0.5, 0.8, 0.95, 1.1)
-STREAM_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-LONGEST_DRAFT = 16
+STREAM_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+LONGEST_DRAFT = 24
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Choice:
 
     drafter: DrafterName
     draft_length: int
+    batch: int
     micro_batches: int
     stream_slots: int
     prefetch_threshold: float
@@ -36,6 +40,7 @@ class Space:
     """The axes for one machine, model and workload."""
 
     draft_lengths: dict[DrafterName, tuple[int, ...]]
+    batches: tuple[int, ...]
     micro_batches: tuple[int, ...]
     stream_slots: tuple[int, ...]
     prefetch_thresholds: tuple[float, ...]
@@ -43,20 +48,34 @@ class Space:
 
     def choices(self) -> Iterator[Choice]:
         """All points."""
-        for n_threads in self.n_threads:
-            for slots in self.stream_slots:
-                # With everything resident there is nothing to read ahead.
-                for threshold in self.prefetch_thresholds if slots else (0.0,):
-                    for micro_batches in self.micro_batches:
-                        for drafter, lengths in self.draft_lengths.items():
-                            for length in lengths:
-                                yield Choice(drafter, length, micro_batches, slots, threshold, n_threads)
+        drafts = [(drafter, k) for drafter, lengths in self.draft_lengths.items() for k in lengths]
+        for slots in self.stream_slots:
+            # With everything resident there is nothing to read ahead.
+            thresholds = self.prefetch_thresholds if slots else (0.0,)
+            rest = product(drafts, self.batches, self.micro_batches, thresholds, self.n_threads)
+            for (drafter, k), batch, micro_batches, threshold, n_threads in rest:
+                if micro_batches <= batch:
+                    yield Choice(drafter, k, batch, micro_batches, slots, threshold, n_threads)
 
 
 def make_space(
-    profile: HardwareProfile, spec: ModelSpec, draft: ModelSpec | None, workload: Workload, n_slots: int, batch: int
+    profile: HardwareProfile,
+    spec: ModelSpec,
+    draft: ModelSpec | None,
+    workload: Workload,
+    n_slots: int,
+    batch: int | None,
 ) -> Space:
-    """The axes: drafters with known acceptance; at least two slots for streaming, where anything is streamed."""
+    """The axes: drafters with known acceptance; enough slots for streaming, where anything is streamed.
+
+    Raises BadInput where the profile holds no operators of this model.
+    """
+    threads = tuple(thread_counts(profile, spec.shape_key))
+    if not threads:
+        raise BadInput(
+            f"profile {profile.name}: no operator was measured at the shape of {spec.name}; "
+            "run `specmoeoff profile --model` with this model."
+        )
     lengths: dict[DrafterName, tuple[int, ...]] = {"none": (0,)}
     names: tuple[DrafterName, ...] = ("model", "ngram") if draft else ("ngram",)
     for name in names:
@@ -67,17 +86,18 @@ def make_space(
     slots = tuple(sorted({max(fewest, min(n_slots, round(n_slots * share))) for share in STREAM_SHARES}))
     return Space(
         draft_lengths=lengths,
-        micro_batches=(1, 2) if batch > 1 else (1,),
+        batches=BATCHES if batch is None else (batch,),
+        micro_batches=(1, 2),
         stream_slots=(0,) if n_slots >= spec.n_all_experts else slots,
         prefetch_thresholds=PREFETCH_THRESHOLDS,
-        n_threads=tuple(thread_counts(profile, spec.shape_key)),
+        n_threads=threads,
     )
 
 
-def place(spec: ModelSpec, workload: Workload, choice: Choice, n_slots: int, batch: int) -> PlanExperts:
+def place(spec: ModelSpec, workload: Workload, choice: Choice, n_slots: int) -> PlanExperts:
     """Residents are the most used; of the others those used often enough are read ahead, likeliest first."""
     popularity = np.asarray(workload.popularity)
-    used = probability_used(popularity, batch, choice.draft_length + 1, workload.union_exponent)
+    used = probability_used(popularity, choice.batch, choice.draft_length + 1, workload.union_exponent)
     # Once nearly all are used the order would be noise: popularity settles it, and costs nothing where it is flat.
     resident = most_used(used + 1e-3 * popularity, min(n_slots, spec.n_all_experts) - choice.stream_slots)
     prefetch = []

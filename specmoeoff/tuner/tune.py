@@ -1,31 +1,38 @@
 """From profile, model and workload to a plan."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
 
 from specmoeoff import __version__
-from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.errors import AnswerIsNo, BadInput, SpecMoEOffError
 from specmoeoff.estimate.costs import Prices
+from specmoeoff.estimate.experts import probability_used
 from specmoeoff.estimate.memory import expert_stride, in_mib, plan_memory
-from specmoeoff.estimate.predict import forecast
+from specmoeoff.estimate.predict import forecast, tokens_per_round, window_shape
+from specmoeoff.estimate.tables import OutOfRange
 from specmoeoff.files import sha256_text
-from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
+from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
     PlainPlan,
     Plan,
     PlanDecode,
+    PlanExperts,
     PlanInputs,
     PlanLimits,
     PlanMemory,
     PlanModel,
     PlanThreads,
+    Prediction,
 )
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
-from specmoeoff.tuner.search import SearchName, exhaustive, optuna_search
-from specmoeoff.tuner.space import Choice, Space, make_space, place
+from specmoeoff.tuner.search import SearchName, exhaustive, lengths_once, optuna_search
+from specmoeoff.tuner.space import Choice, make_space, place
 
 FAST_SHARE = 0.25
 PAGE = 64
@@ -43,7 +50,7 @@ class TuneRequest:
     draft: ModelSpec | None = None
     draft_source: str | None = None
     fast_memory_bytes: int | None = None
-    batch: int = 16
+    batch: int | None = None
     context_tokens: int | None = None
     prefill_chunk_tokens: int = 256
     disk_limit_gb_per_s: float | None = None
@@ -80,10 +87,17 @@ class Tuner:
                 f"{self._stride:,} bytes; the smallest change that fits is --fast-memory {in_mib(need).replace(' ', '')}."
             )
         longest = r.workload.prompt_tokens.max + r.workload.output_tokens.max
-        context = r.context_tokens or longest
+        context = r.context_tokens or min(longest, spec.max_positions)
+        if not 0 < context <= spec.max_positions:
+            raise BadInput(f"--context {context}: this model has 1 to {spec.max_positions} positions.")
         self.context_tokens = min(-(-context // PAGE) * PAGE, spec.max_positions)
-        self.contexts = [int(r.workload.prompt_tokens.mean + r.workload.output_tokens.mean / 2)] * r.batch
+        self.mean_context = int(r.workload.prompt_tokens.mean + r.workload.output_tokens.mean / 2)
+        self.host_needs: set[int] = set()
+        self.out_of_range: OutOfRange | None = None
         self.n_evaluated = 0
+        self._floors: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._predictions: dict[tuple[object, ...], Prediction] = {}
+        self._reads: dict[tuple[object, ...], float] = {}
         self._prices: dict[int, Prices] = {}
 
     def prices(self, n_threads: int) -> Prices:
@@ -99,7 +113,7 @@ class Tuner:
         return PlanDecode(
             drafter=choice.drafter,
             draft_length=choice.draft_length,
-            batch=r.batch,
+            batch=choice.batch,
             micro_batches=choice.micro_batches,
             context_tokens=self.context_tokens,
             prefill_chunk_tokens=r.prefill_chunk_tokens,
@@ -119,20 +133,78 @@ class Tuner:
             r.profile.process_bytes,
         )
 
-    def objective(self, choice: Choice) -> float | None:
-        """Predicted tokens per second, None where host memory is too small."""
-        self.n_evaluated += 1
-        if sum(self.memory(choice).host.values()) > self.request.host_memory_bytes:
+    def fits(self, choice: Choice) -> bool:
+        """Whether host memory is enough."""
+        need = sum(self.memory(choice).host.values())
+        self.host_needs.add(need)
+        return need <= self.request.host_memory_bytes
+
+    @property
+    def problem(self) -> tuple[object, ...]:
+        """What the prices depend on."""
+        r = self.request
+        files = (r.profile.text(), r.workload.text(), r.model.fingerprint, r.draft.fingerprint if r.draft else "")
+        return (*files, self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.disk_limit_gb_per_s)
+
+    def price(self, choice: Choice) -> Prediction | None:
+        """What is predicted of a choice, None where it does not fit or its sizes were not measured."""
+        if not self.fits(choice):
             return None
-        return self.part(choice).predicted.tokens_per_s
+        self.n_evaluated += 1
+        try:
+            return self.part(choice).predicted
+        except OutOfRange as error:
+            self.out_of_range = error
+            return None
+
+    def bound(self, choice: Choice) -> float:
+        """Tokens per second that no schedule exceeds: the compute lane without a wait; the disk without a wait, reading
+        nothing that is not used; and while drafting, when no slot is given back, the disk fills the slots at most."""
+        r = self.request
+        try:
+            draft_s, compute_s = self._compute_floor(choice)
+            n_read = self._least_read(choice)
+        except OutOfRange as error:
+            self.out_of_range = error
+            return 0.0
+        load_s = self._stride / (self.prices(choice.n_threads).disk_gb_per_s * 1e9)
+        window_s = max(compute_s, n_read * load_s, draft_s + (n_read - choice.stream_slots) * load_s)
+        return choice.batch * tokens_per_round(r.workload, self.decode(choice)) / window_s
+
+    def _compute_floor(self, choice: Choice) -> tuple[float, float]:
+        key = (choice.drafter, choice.draft_length, choice.batch, choice.n_threads)
+        if key not in self._floors:
+            spec = self.request.model
+            everything = PlanExperts(
+                resident=(tuple(range(spec.n_experts)),) * spec.n_layers,
+                prefetch=((),) * spec.n_layers,
+                stream_slots=0,
+            )
+            alone = self.decode(replace(choice, micro_batches=1))
+            shape = window_shape(spec, self.request.workload, alone, everything, [self.mean_context] * choice.batch)
+            self._floors[key] = self.prices(choice.n_threads).compute_floor(window_graph(shape, 0))
+        return self._floors[key]
+
+    def _least_read(self, choice: Choice) -> float:
+        """Experts that are used and not resident, on average."""
+        key = (choice.draft_length, choice.batch, choice.stream_slots)
+        if key not in self._reads:
+            workload = self.request.workload
+            popularity = np.asarray(workload.popularity)
+            used = probability_used(popularity, choice.batch, choice.draft_length + 1, workload.union_exponent)
+            resident = place(self.request.model, workload, choice, self.n_slots).resident
+            self._reads[key] = float(used.sum() - sum(used[i, list(held)].sum() for i, held in enumerate(resident)))
+        return self._reads[key]
 
     def part(self, choice: Choice) -> PlainPlan:
         """Everything of a plan that depends on the choice."""
         r = self.request
-        decode, experts = self.decode(choice), place(r.model, r.workload, choice, self.n_slots, r.batch)
-        prediction = forecast(
-            r.model, r.workload, decode, experts, self.prices(choice.n_threads), self.contexts
-        ).prediction
+        decode, experts = self.decode(choice), place(r.model, r.workload, choice, self.n_slots)
+        key = (decode, experts, choice.n_threads)  # several thresholds can mean the same placement
+        if key not in self._predictions:
+            contexts = [self.mean_context] * choice.batch
+            prices = self.prices(choice.n_threads)
+            self._predictions[key] = forecast(r.model, r.workload, decode, experts, prices, contexts).prediction
         disk = r.profile.disk
         threads = PlanThreads(
             compute=choice.n_threads,
@@ -140,18 +212,20 @@ class Tuner:
             disk_chunk_bytes=disk.chunk_bytes if disk else 1 << 20,
         )
         return PlainPlan(
-            decode=decode, experts=experts, threads=threads, memory=self.memory(choice), predicted=prediction
+            decode=decode,
+            experts=experts,
+            threads=threads,
+            memory=self.memory(choice),
+            predicted=self._predictions[key],
         )
 
     def plan(self, choice: Choice, plain: Choice, ranked: list[Choice]) -> Plan:
         """The whole plan."""
         r = self.request
-        best_by_length: dict[int, Choice] = {}
-        for c in ranked:
-            best_by_length.setdefault(c.draft_length, c)
+        same_batch = [c for c in ranked if c.batch == choice.batch]
         curve = [
-            CurvePoint(draft_length=k, drafter=c.drafter, prediction=self.part(c).predicted)
-            for k, c in sorted(best_by_length.items())
+            CurvePoint(draft_length=c.draft_length, drafter=c.drafter, prediction=self.part(c).predicted)
+            for c in sorted(lengths_once(same_batch), key=lambda c: c.draft_length)
         ]
         drafts_with_model = choice.drafter == "model" and r.draft is not None
         draft = None
@@ -182,39 +256,36 @@ class Tuner:
             curve=tuple(curve),
         )
 
-    def too_small(self, space: Space) -> AnswerIsNo:
-        """Why nothing fits host memory, and the smallest change that would."""
-        smallest = min(space.choices(), key=lambda c: sum(self.memory(c).host.values()))
-        need = sum(self.memory(smallest).host.values())
-        limit = self.request.host_memory_bytes
-        largest = max(self.memory(smallest).host.items(), key=lambda item: item[1])
+    def nothing_fits(self) -> SpecMoEOffError:
+        """Why there is no plan, and the smallest change that would make one."""
+        need, limit = min(self.host_needs, default=0), self.request.host_memory_bytes
+        if need <= limit and self.out_of_range:
+            return self.out_of_range
         return AnswerIsNo(
-            f"host memory: even the smallest plan needs {need:,} bytes, {need - limit:,} more than the limit of {limit:,} "
-            f"(most of it {largest[0]}: {largest[1]:,}); the smallest change that fits is "
-            f"--host-memory {in_mib(need).replace(' ', '')}, or a smaller --batch or --context."
+            f"host memory: even the smallest plan needs {need:,} bytes, {need - limit:,} more than the limit of {limit:,}; "
+            f"the smallest change that fits is --host-memory {in_mib(need).replace(' ', '')}, or a smaller --batch or "
+            "--context."
         )
 
 
 def tune(request: TuneRequest) -> Plan:
     """The best plan that fits, with its plain baseline. Raises AnswerIsNo where nothing fits."""
-    tuner = Tuner(request)
-    r = request
+    tuner, r = Tuner(request), request
     space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch)
     if r.search == "optuna":
-        ranked = optuna_search(space, tuner.objective, r.trials, r.seed, r.storage, r.progress)
-        # Plain decoding is always a candidate, whatever the sampler looked at.
-        plain_space = Space(
-            {"none": (0,)}, space.micro_batches, space.stream_slots, space.prefetch_thresholds, space.n_threads
-        )
-        ranked = sorted(
-            [*ranked, *exhaustive(plain_space, tuner.objective)], key=lambda c: -(tuner.objective(c) or 0.0)
-        )
+        problem = sha256_text(repr((space, tuner.problem)))[:12]
+        ranked = optuna_search(space, tuner.price, r.trials, r.seed, problem, r.storage, r.progress)
     else:
-        ranked = exhaustive(space, tuner.objective, r.progress)
+        ranked = exhaustive(space, tuner.price, tuner.bound, r.progress)
     if not ranked:
-        raise tuner.too_small(space)
-    plain = next(c for c in ranked if c.draft_length == 0)
+        raise tuner.nothing_fits()
     best = ranked[0]
+    # Plain decoding at the same batch is the baseline and always a candidate, whatever a sampler looked at.
+    plainly = replace(space, draft_lengths={"none": (0,)}, batches=(best.batch,))
+    plain = exhaustive(plainly, tuner.price, tuner.bound)[0]
+    ranked = [*dict.fromkeys([*ranked, plain])]
+    if tuner.part(plain).predicted.tokens_per_s >= tuner.part(best).predicted.tokens_per_s:
+        best = plain
     if r.measure is not None and r.measure_top:
         best = _measured_best(tuner, ranked, plain, r.measure, r.measure_top)
     return tuner.plan(best, plain, ranked)
@@ -224,8 +295,6 @@ def _measured_best(
     tuner: Tuner, ranked: list[Choice], plain: Choice, measure: Callable[[Plan], float], n: int
 ) -> Choice:
     """The best by measurement of the top n, each of another draft length, and plain decoding."""
-    diverse: dict[int, Choice] = {}
-    for choice in ranked:
-        diverse.setdefault(choice.draft_length, choice)
-    candidates = [*dict.fromkeys([*list(diverse.values())[:n], plain])]
+    same_batch = [c for c in ranked if c.batch == plain.batch]
+    candidates = [*dict.fromkeys([*islice(lengths_once(same_batch), n), plain])]
     return max(candidates, key=lambda c: measure(tuner.plan(c, plain, ranked)))

@@ -1,16 +1,20 @@
 """Plans from a made-up machine: sensible, feasible, repeatable, and honest about what does not fit."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.estimate.tables import OutOfRange
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
-from specmoeoff.tuner.tune import TuneRequest, tune
+from specmoeoff.tuner.search import TIE, exhaustive
+from specmoeoff.tuner.space import Space, make_space
+from specmoeoff.tuner.tune import Tuner, TuneRequest, tune
 
 GIB = 1 << 30
 
@@ -27,6 +31,7 @@ def request_(
         host_memory_bytes=8 * GIB,
         draft=draft_spec,
         draft_source="nowhere-draft",
+        batch=16,
     )
 
 
@@ -55,9 +60,88 @@ def test_the_same_request_gives_the_same_plan(plan: Plan, request_: TuneRequest)
     assert tune(request_) == plan
 
 
+@pytest.fixture(scope="module")
+def small(request_: TuneRequest) -> tuple[Tuner, Space]:
+    """All axes, few points."""
+    r = replace(request_, batch=None)
+    tuner = Tuner(r)
+    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, None)
+    few = {"none": (0,), "model": (2, 5, 9), "ngram": (2,)}
+    return tuner, replace(space, draft_lengths=few, batches=(1, 8, 32), stream_slots=space.stream_slots[::3])
+
+
+def test_the_bound_is_never_below_the_price(small: tuple[Tuner, Space]) -> None:
+    tuner, space = small
+    for choice in random.Random(0).sample(list(space.choices()), 60):
+        found = tuner.price(choice)
+        assert found is not None
+        assert tuner.bound(choice) >= found.tokens_per_s * (1 - 1e-9)
+
+
+def test_exhaustive_search_misses_nothing(small: tuple[Tuner, Space]) -> None:
+    tuner, space = small
+    everything = {c: found.tokens_per_s for c in space.choices() if (found := tuner.price(c))}
+    before = tuner.n_evaluated
+    ranked = exhaustive(space, tuner.price, tuner.bound)
+    assert tuner.n_evaluated - before < len(everything) / 2
+    best = max(everything.values())
+    assert max(everything[c] for c in ranked) == best
+    assert everything[ranked[0]] >= TIE * best
+    for key in {(c.drafter, c.draft_length) for c in everything}:
+        same = [c for c in everything if (c.drafter, c.draft_length) == key and c.batch == ranked[0].batch]
+        found = max(everything[c] for c in ranked if c in same)
+        assert found >= TIE * max(everything[c] for c in same)
+
+
+def test_the_batch_is_chosen_where_none_is_given(plan: Plan, request_: TuneRequest) -> None:
+    found = tune(replace(request_, batch=None))
+    assert found.predicted.tokens_per_s > plan.predicted.tokens_per_s
+    assert found.plain.decode.batch == found.decode.batch
+    tight = replace(request_, batch=None, host_memory_bytes=sum(plan.memory.host.values()))
+    assert sum(tune(tight).memory.host.values()) <= tight.host_memory_bytes
+
+
+def test_choices_that_tie_draft_and_read_least(plan: Plan, request_: TuneRequest) -> None:
+    tuner = Tuner(request_)
+    space = make_space(request_.profile, request_.model, request_.draft, request_.workload, tuner.n_slots, 16)
+    lengths = {plan.decode.drafter: (plan.decode.draft_length,)}
+    found = [p for c in replace(space, draft_lengths=lengths).choices() if (p := tuner.price(c))]
+    ties = [p for p in found if p.tokens_per_s >= plan.predicted.tokens_per_s]
+    assert plan.predicted.disk_bytes <= min(p.disk_bytes for p in ties) * 1.001
+
+
 def test_optuna_comes_within_two_percent_of_exhaustive_search(plan: Plan, request_: TuneRequest) -> None:
     found = tune(replace(request_, search="optuna", trials=120))
     assert found.predicted.tokens_per_s >= 0.98 * plan.predicted.tokens_per_s
+
+
+def test_a_resumed_study_is_the_uninterrupted_one_and_knows_its_problem(request_: TuneRequest, tmp_path: Path) -> None:
+    r = replace(request_, search="optuna")
+    whole = tune(replace(r, trials=24, storage=str(tmp_path / "whole")))
+    tune(replace(r, trials=10, storage=str(tmp_path / "parts")))
+    resumed = tune(replace(r, trials=24, storage=str(tmp_path / "parts")))
+    assert resumed.decode == whole.decode
+    assert resumed.experts == whole.experts
+    less = replace(r, trials=4, storage=str(tmp_path / "whole"), host_memory_bytes=700 << 20)
+    assert sum(tune(less).memory.host.values()) <= less.host_memory_bytes
+
+
+@pytest.mark.parametrize("storage", ["nonsense://x", "sqlite:////no/such/folder/x.db"])
+def test_a_storage_that_cannot_be_opened_is_named(request_: TuneRequest, storage: str) -> None:
+    with pytest.raises(BadInput, match="--storage"):
+        tune(replace(request_, search="optuna", trials=2, storage=storage))
+
+
+def test_a_profile_without_this_models_operators_says_how_to_get_them(request_: TuneRequest) -> None:
+    with pytest.raises(BadInput, match="profile --model"):
+        tune(replace(request_, profile=request_.profile.model_copy(update={"operators": ()})))
+
+
+def test_sizes_that_were_not_measured_are_no_candidates(request_: TuneRequest) -> None:
+    found = tune(replace(request_, batch=64))  # 64 requests of 9 tokens would be beyond the 512 rows measured
+    assert found.decode.batch * (found.decode.draft_length + 1) <= 512
+    with pytest.raises(OutOfRange, match="outside the measured"):
+        tune(replace(request_, batch=1000))
 
 
 def test_a_fast_disk_and_useless_drafts_give_plain_decoding(request_: TuneRequest) -> None:

@@ -4,6 +4,7 @@ bf16 is carried as uint16. Exactness: a row's bits depend only on its own token 
 neighbours, page table, chunking or threads (see kernels.h).
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -19,6 +20,7 @@ from specmoeoff.errors import MissingCapability
 
 PAGE_TOKENS = 64
 MAX_HEAD_DIM = 256
+HUGE_PAGE = 1 << 21
 ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
 
 
@@ -48,6 +50,7 @@ _SIGNATURES = {
     "smo_isa_count": (c_int, []),
     "smo_isa_name": (c_char_p, [c_int]),
     "smo_isa_supported": (c_int, [c_int]),
+    "smo_set_cpus": (None, [POINTER(c_int32), c_int]),
     "smo_packed_linear_bytes": (c_size_t, [c_int, c_int]),
     "smo_pack_linear": (None, [c_void_p, c_int, c_int, c_void_p]),
     "smo_packed_expert_bytes": (c_size_t, [c_int, c_int]),
@@ -60,6 +63,13 @@ _SIGNATURES = {
     "smo_experts_scratch_bytes": (c_size_t, [c_int, c_int]),
     "smo_experts": (None, [c_int] * 5 + [c_void_p, c_int] + [c_void_p] * 5),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
+    "smo_dense_pass": (
+        None,
+        [c_int, c_int, POINTER(_Shape), c_int, c_void_p, c_void_p, POINTER(_Batch)]
+        + [c_void_p] * 3
+        + [c_size_t]
+        + [c_void_p] * 5,
+    ),
     "smo_head_scratch_bytes": (c_size_t, [c_int, c_int, c_int]),
     "smo_head_argmax": (
         None,
@@ -67,7 +77,7 @@ _SIGNATURES = {
     ),
     "smo_probe_peak": (c_double, [c_int, c_int, c_int, c_int64]),
     "smo_probe_memory": (None, [c_int, c_int, c_int, c_void_p, c_size_t, c_int]),
-    "smo_probe_chase": (c_int64, [c_void_p, c_int64]),
+    "smo_probe_chase": (c_int64, [c_void_p, c_int64, c_int64]),
 }
 
 
@@ -83,7 +93,24 @@ def _library() -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    cpus = allowed_cpus()
+    library.smo_set_cpus((c_int32 * len(cpus))(*cpus), len(cpus))
     return library
+
+
+def allowed_cpus() -> list[int]:
+    """CPUs this process may use, one of each core before its siblings."""
+
+    def place_in_core(cpu: int) -> int:
+        path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            with open(path) as stream:
+                first, *rest = stream.read().strip().replace("-", ",").split(",")
+        except OSError:
+            return 0
+        return 0 if cpu == int(first) else len(rest)
+
+    return sorted(os.sched_getaffinity(0), key=lambda cpu: (place_in_core(cpu), cpu))
 
 
 @functools.cache
@@ -112,20 +139,21 @@ def _checked_isa(name: str) -> str:
 
 def aligned_empty(n_bytes: int, alignment: int = 4096) -> np.ndarray:
     """(n_bytes,) uint8 of zeroed memory of its own, in huge pages where the system has them, every page touched."""
-    huge = 1 << 21
-    slack = huge if n_bytes >= huge else alignment
-    memory = mmap.mmap(-1, max(n_bytes, 1) + slack)
+    slack = HUGE_PAGE if n_bytes >= HUGE_PAGE else alignment
+    # Private: shared memory, mmap's default, gets no huge pages, and every kernel loses a fifth of its speed.
+    memory = mmap.mmap(-1, max(n_bytes, 1) + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = np.frombuffer(memory, np.uint8)
     first = -whole.ctypes.data % slack
-    if n_bytes >= huge:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if n_bytes >= HUGE_PAGE:
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     array = whole[first : first + n_bytes]
     array[:] = 0
     return array
 
 
-def _pointer(array: np.ndarray, dtype: type, shape: tuple[int | None, ...], name: str) -> int:
-    """Address of an array whose dtype, shape (None: any) and layout are as C expects."""
+def _pointer(array: np.ndarray, dtype: type, shape: tuple[int | None, ...], name: str, write: bool = False) -> int:
+    """Address of an array whose dtype, shape (None: any) and layout are as C expects; `write`: C will change it."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         found = getattr(array, "dtype", type(array).__name__)
         raise TypeError(f"{name}: {np.dtype(dtype).name} array expected, not {found}")
@@ -134,7 +162,14 @@ def _pointer(array: np.ndarray, dtype: type, shape: tuple[int | None, ...], name
         raise ValueError(f"{name}: shape ({wanted}) expected, not {array.shape}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name}: must be C-contiguous")
+    if not array.flags.aligned or (write and not array.flags.writeable):
+        raise ValueError(f"{name}: must be aligned{' and writeable' if write else ''}")
     return int(array.__array_interface__["data"][0])
+
+
+def _whole_vectors(n: int) -> None:
+    if n % 16:
+        raise ValueError(f"x: the row length must be a multiple of 16, not {n}")
 
 
 def packed_linear_bytes(n_out: int, n_in: int) -> int:
@@ -148,7 +183,7 @@ def pack_linear(weight: np.ndarray, out: np.ndarray) -> None:
     """weight (n_out, n_in) bf16 -> out (packed_linear_bytes,) uint8."""
     source = _pointer(weight, np.uint16, (None, None), "weight")
     n_out, n_in = weight.shape
-    target = _pointer(out, np.uint8, (packed_linear_bytes(n_out, n_in),), "out")
+    target = _pointer(out, np.uint8, (packed_linear_bytes(n_out, n_in),), "out", write=True)
     _library().smo_pack_linear(source, n_out, n_in, target)
 
 
@@ -165,7 +200,7 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndar
     intermediate, hidden = gate.shape
     sources.append(_pointer(up, np.uint16, (intermediate, hidden), "up"))
     sources.append(_pointer(down, np.uint16, (hidden, intermediate), "down"))
-    target = _pointer(out, np.uint8, (packed_expert_bytes(hidden, intermediate),), "out")
+    target = _pointer(out, np.uint8, (packed_expert_bytes(hidden, intermediate),), "out", write=True)
     _library().smo_pack_expert(*sources, hidden, intermediate, target)
 
 
@@ -240,6 +275,22 @@ class LayerWeights:
         )
 
 
+class DenseStack:
+    """The layers of a model of one expert a layer, checked once. experts[i] is the packed feed-forward of layers[i]."""
+
+    def __init__(self, layers: Sequence[LayerWeights], experts: Sequence[np.ndarray]) -> None:
+        shape = self.shape = layers[0].shape
+        if shape.n_experts != 1 or any(layer.shape != shape for layer in layers):
+            raise ValueError("layers: all of one shape, with one expert each, are needed")
+        if len(experts) != len(layers):
+            raise ValueError(f"experts: {len(experts)} for {len(layers)} layers")
+        n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate)
+        self.n_layers, self.n_positions = len(layers), min(layer.n_positions for layer in layers)
+        self._arrays = (tuple(layers), tuple(experts))
+        self.c_layers = (_Layer * len(layers))(*(layer.c_struct for layer in layers))
+        self.c_experts = (c_void_p * len(layers))(*(_pointer(e, np.uint8, (n_bytes,), "experts") for e in experts))
+
+
 class Batch:
     """Ragged rows: request r has rows row_start[r] .. row_start[r+1]-1 at positions first_position[r] + j.
 
@@ -248,6 +299,10 @@ class Batch:
 
     def __init__(self, row_start: np.ndarray, first_position: np.ndarray, page_table: np.ndarray) -> None:
         n = len(row_start) - 1
+        # Copies: what was checked is what C will see.
+        row_start, first_position, page_table = (
+            np.array(a, order="C") for a in (row_start, first_position, page_table)
+        )
         pointers = (
             _pointer(row_start, np.int32, (n + 1,), "row_start"),
             _pointer(first_position, np.int32, (n,), "first_position"),
@@ -296,17 +351,16 @@ class Kernels:
         source = _pointer(x, np.uint16, (None, None), "x")
         m, n_in = x.shape
         weight = _pointer(packed, np.uint8, (packed_linear_bytes(n_out, n_in),), "packed")
-        target = _pointer(out, np.float32, (m, n_out), "out")
+        target = _pointer(out, np.float32, (m, n_out), "out", write=True)
         _library().smo_linear(self._isa, self.n_threads, source, m, n_in, weight, n_out, target)
 
     def rmsnorm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
         """out (M, H) bf16 = x (M, H) float32 normalised and weighted."""
         source = _pointer(x, np.float32, (None, None), "x")
         m, n = x.shape
-        if n % 16:
-            raise ValueError(f"x: the row length must be a multiple of 16, not {n}")
+        _whole_vectors(n)
         scale = _pointer(weight, np.float32, (n,), "weight")
-        target = _pointer(out, np.uint16, (m, n), "out")
+        target = _pointer(out, np.uint16, (m, n), "out", write=True)
         _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, eps, target)
 
     def verify_attention(
@@ -321,7 +375,7 @@ class Kernels:
         """out (M, n_heads * head_dim) bf16: attention of rotated, scaled queries over appended pages."""
         keys, values = self._pages(shape, batch, k_pages, v_pages)
         width = (batch.n_rows, shape.n_heads * shape.head_dim)
-        source, target = _pointer(query, np.uint16, width, "query"), _pointer(out, np.uint16, width, "out")
+        source, target = _pointer(query, np.uint16, width, "query"), _pointer(out, np.uint16, width, "out", write=True)
         _library().smo_verify_attention(
             self._isa, self.n_threads, shape.c_struct, batch.c_struct, keys, values, source, target
         )
@@ -329,8 +383,8 @@ class Kernels:
     @staticmethod
     def _pages(shape: LayerShape, batch: Batch, k_pages: np.ndarray, v_pages: np.ndarray) -> tuple[int, int]:
         heads, dim = shape.n_kv_heads, shape.head_dim
-        keys = _pointer(k_pages, np.uint16, (None, heads, dim // 2, PAGE_TOKENS, 2), "k_pages")
-        values = _pointer(v_pages, np.uint16, (len(k_pages), heads, PAGE_TOKENS // 2, dim, 2), "v_pages")
+        keys = _pointer(k_pages, np.uint16, (None, heads, dim // 2, PAGE_TOKENS, 2), "k_pages", write=True)
+        values = _pointer(v_pages, np.uint16, (len(k_pages), heads, PAGE_TOKENS // 2, dim, 2), "v_pages", write=True)
         if batch.highest_page >= len(k_pages):
             raise ValueError(f"page_table: page {batch.highest_page} is beyond the {len(k_pages)} pages")
         return keys, values
@@ -356,11 +410,11 @@ class Kernels:
         if batch.end > layer.n_positions:
             raise ValueError(f"batch: position {batch.end - 1} is beyond the {layer.n_positions} rotary positions")
         keys, values = self._pages(shape, batch, k_pages, v_pages)
-        residual = _pointer(x, np.float32, (m, shape.hidden), "x")
+        residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
         outputs = (
-            _pointer(normed, np.uint16, (m, shape.hidden), "normed"),
-            _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index"),
-            _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight"),
+            _pointer(normed, np.uint16, (m, shape.hidden), "normed", write=True),
+            _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index", write=True),
+            _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight", write=True),
         )
         library = _library()
         scratch = self._scratch_of(library.smo_attention_scratch_bytes(shape.c_struct, m))
@@ -388,7 +442,7 @@ class Kernels:
         """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H)."""
         source = _pointer(normed, np.uint16, (None, None), "normed")
         m, hidden = normed.shape
-        target = _pointer(out, np.float32, (None, hidden), "out")
+        target = _pointer(out, np.float32, (None, hidden), "out", write=True)
         n_slots = len(out)
         if m < 1 or n_slots % m:
             raise ValueError(f"out: {n_slots} rows are no multiple of the {m} rows of normed")
@@ -403,7 +457,7 @@ class Kernels:
         slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])
         if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= n_slots):
             raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
-        if len(slots) > n_slots:
+        if len(slots) and int(np.bincount(slots).max()) > 1:
             raise ValueError("row_slots: a slot occurs twice")
         library = _library()
         scratch = self._scratch_of(library.smo_experts_scratch_bytes(intermediate, len(slots)))
@@ -424,12 +478,65 @@ class Kernels:
 
     def combine(self, x: np.ndarray, expert_out: np.ndarray, expert_weight: np.ndarray) -> None:
         """x (M, H) += sum over ranks, in order, of expert_weight (M, n_active) * expert_out (M * n_active, H)."""
-        residual = _pointer(x, np.float32, (None, None), "x")
+        residual = _pointer(x, np.float32, (None, None), "x", write=True)
         m, hidden = x.shape
+        _whole_vectors(hidden)
         weights = _pointer(expert_weight, np.float32, (m, None), "expert_weight")
         n_active = expert_weight.shape[1]
         outputs = _pointer(expert_out, np.float32, (m * n_active, hidden), "expert_out")
         _library().smo_combine(self._isa, self.n_threads, residual, m, hidden, n_active, outputs, weights)
+
+    def dense_pass(
+        self,
+        stack: DenseStack,
+        batch: Batch,
+        x: np.ndarray,
+        k_pages: np.ndarray,
+        v_pages: np.ndarray,
+        normed: np.ndarray,
+        expert_index: np.ndarray,
+        expert_weight: np.ndarray,
+        expert_out: np.ndarray,
+    ) -> None:
+        """All layers at once: attention_block, experts and combine of each, bit for bit. k_pages and v_pages as there,
+        with a leading axis of layers; expert_out (M, hidden) float32 is workspace."""
+        shape, m = stack.shape, batch.n_rows
+        if batch.end > stack.n_positions:
+            raise ValueError(f"batch: position {batch.end - 1} is beyond the {stack.n_positions} rotary positions")
+        if len(k_pages) != stack.n_layers or len(v_pages) != stack.n_layers:
+            raise ValueError(f"k_pages, v_pages: {stack.n_layers} layers expected")
+        for pages in (k_pages, v_pages):
+            if not pages.flags.c_contiguous:
+                raise ValueError("k_pages, v_pages: must be C-contiguous")
+        keys, values = self._pages(shape, batch, k_pages[0], v_pages[0])
+        pointers = (
+            _pointer(normed, np.uint16, (m, shape.hidden), "normed", write=True),
+            _pointer(expert_index, np.int32, (m, 1), "expert_index", write=True),
+            _pointer(expert_weight, np.float32, (m, 1), "expert_weight", write=True),
+            _pointer(expert_out, np.float32, (m, shape.hidden), "expert_out", write=True),
+        )
+        library = _library()
+        scratch = self._scratch_of(
+            max(
+                library.smo_attention_scratch_bytes(shape.c_struct, m),
+                library.smo_experts_scratch_bytes(shape.intermediate, m),
+            )
+        )
+        library.smo_dense_pass(
+            self._isa,
+            self.n_threads,
+            shape.c_struct,
+            stack.n_layers,
+            stack.c_layers,
+            stack.c_experts,
+            batch.c_struct,
+            _pointer(x, np.float32, (m, shape.hidden), "x", write=True),
+            keys,
+            values,
+            k_pages[0].size,
+            *pointers,
+            scratch,
+        )
 
     def head_argmax(
         self,
@@ -444,10 +551,11 @@ class Kernels:
         """out (M,) int32: the token with the highest logit (lowest on ties) after final norm and head; logits (M, vocab)."""
         states = _pointer(x, np.float32, (None, None), "x")
         m, hidden = x.shape
+        _whole_vectors(hidden)
         scale = _pointer(norm, np.float32, (hidden,), "norm")
         weight = _pointer(packed, np.uint8, (packed_linear_bytes(vocab, hidden),), "packed")
-        target = _pointer(out, np.int32, (m,), "out")
-        table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits")
+        target = _pointer(out, np.int32, (m,), "out", write=True)
+        table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits", write=True)
         library = _library()
         scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads))
         library.smo_head_argmax(
@@ -461,17 +569,24 @@ class Kernels:
 
     def probe_memory(self, kind: str, buffer: np.ndarray, repeats: int = 1) -> int:
         """Read, write or copy a uint8 buffer on all threads; bytes moved (a copy counts both ways)."""
-        address = _pointer(buffer, np.uint8, (None,), "buffer")
+        address = _pointer(buffer, np.uint8, (None,), "buffer", write=True)
         code = ("read", "write", "copy").index(kind)
         _library().smo_probe_memory(self._isa, self.n_threads, code, address, len(buffer), repeats)
         return len(buffer) // self.n_threads // 1024 * 1024 * self.n_threads * repeats
 
-    def probe_chase(self, links: np.ndarray, steps: int) -> int:
-        """Follow `steps` links (n,) int64 of a cycle: memory latency."""
-        address = _pointer(links, np.int64, (None,), "links")
+
+class Chase:
+    """Memory latency: follows links (n,) int64 of a cycle, going on where it stopped."""
+
+    def __init__(self, links: np.ndarray) -> None:
+        self._address = _pointer(links, np.int64, (None,), "links")
         if len(links) < 1 or links.min() < 0 or links.max() >= len(links):
             raise ValueError("links: must be indices into links")
-        return int(_library().smo_probe_chase(address, steps))
+        self._links, self._at = links, 0
+
+    def follow(self, steps: int) -> None:
+        """One dependent access after another."""
+        self._at = int(_library().smo_probe_chase(self._address, self._at, steps))
 
 
 def scratch_bytes(shape: LayerShape, max_rows: int, n_threads: int) -> int:

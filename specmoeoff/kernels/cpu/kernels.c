@@ -3,8 +3,10 @@
  * Every call is one parallel region; phases inside it are separated by the barriers of `omp for`. A work item is a strip of
  * 64 output columns times all rows (or a group of them): weights come from memory once, rows stay in the L2 cache.
  */
+#define _GNU_SOURCE
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +21,67 @@ static const isa_t *const ISAS[] = {
 #endif
     &isa_scalar,
 };
+
+/* ---- threads ------------------------------------------------------------------------------------------------------------ */
+
+/* Thread i of a region runs on CPU i of this list. Left to itself the scheduler can wake two of them on one CPU, where they
+ * stay for seconds: every kernel then takes twice as long. The caller is bound for the call only, since its mask is inherited
+ * by whatever it starts. */
+enum { MAX_CPUS = 1024 };
+static int cpus[MAX_CPUS], n_cpus;
+
+void smo_set_cpus(const int32_t *list, int n)
+{
+    n_cpus = n < MAX_CPUS ? n : MAX_CPUS;
+    for (int i = 0; i < n_cpus; i++) cpus[i] = list[i];
+}
+
+static int bind_self(int i)
+{
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpus[i], &one);
+    return sched_setaffinity(0, sizeof one, &one) == 0;
+}
+
+typedef struct {
+    cpu_set_t mask;
+    int bound;
+} caller_t;
+
+static caller_t bind_caller(int threads)
+{
+    caller_t caller = {.bound = 0};
+    if (threads > 1 && threads <= n_cpus && sched_getaffinity(0, sizeof caller.mask, &caller.mask) == 0) caller.bound = bind_self(0);
+    return caller;
+}
+
+static void release_caller(const caller_t *caller)
+{
+    if (caller->bound) sched_setaffinity(0, sizeof caller->mask, &caller->mask);
+}
+
+static void bind_worker(void)
+{
+    static __thread int bound = -1;
+    const int i = omp_get_thread_num();
+    if (i > 0 && omp_get_num_threads() <= n_cpus && bound != i && bind_self(i)) bound = i;
+}
+
+/* All threads run `body`, which may hold work-sharing constructs. */
+#define EACH_THREAD(threads, ...)                       \
+    do {                                                \
+        const int threads_ = (threads);                 \
+        const caller_t caller_ = bind_caller(threads_); \
+        _Pragma("omp parallel num_threads(threads_)")   \
+        {                                               \
+            bind_worker();                              \
+            __VA_ARGS__;                                \
+        }                                               \
+        release_caller(&caller_);                       \
+    } while (0)
+
+/* ---- packing ------------------------------------------------------------------------------------------------------------ */
 
 static size_t align64(size_t n) { return (n + 63) / 64 * 64; }
 static int strips(int n) { return (n + COLUMNS - 1) / COLUMNS; }
@@ -70,17 +133,26 @@ void smo_pack_expert(const uint16_t *gate, const uint16_t *up, const uint16_t *d
                    (size_t)(i % 2)] = down[(size_t)o * intermediate + i];
 }
 
-/* One strip for n rows: out[r][0 .. 64). Columns are computed in whole vectors up to `columns`. */
-static void strip_rows(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, int n_in, int columns, float *out,
-                       size_t out_stride)
+/* n rows against `pairs` rows of a strip, in even tiles: 7 rows are 4 + 3, not 6 + 1. While they compute, the tiles share the
+ * fetching of `next_bytes` at `next` into the L2 cache: memory is read at a steady rate, however many rows use a strip. */
+static void tiles(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, size_t w_stride, int pairs, int vectors,
+                  int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_bytes)
 {
-    const int vectors = (columns + LANES - 1) / LANES;
-    for (int r = 0; r < n;) {
-        /* Even tiles: 7 rows are 4 + 3, not 6 + 1. */
-        const int left = n - r, tiles = (left + TILE_ROWS - 1) / TILE_ROWS, rows = (left + tiles - 1) / tiles;
-        isa->tile(rows, x + r, w, 2 * COLUMNS, n_in / 2, vectors, 0, out + (size_t)r * out_stride, out_stride);
+    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t step = next_bytes / (size_t)(n_tiles * pairs) + 1;
+    for (int r = 0, t = 0; t < n_tiles; t++) {
+        const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+        isa->tile(rows, x + r, w, w_stride, pairs, vectors, accumulate, out + (size_t)r * out_stride, out_stride,
+                  (const uint16_t *)((const char *)next + (size_t)t * (size_t)pairs * step), step);
         r += rows;
     }
+}
+
+/* One strip for n rows: out[r][0 .. 64). Columns are computed in whole vectors up to `columns`. `next`: the strip after it. */
+static void strip_rows(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, int n_in, int columns, float *out,
+                       size_t out_stride, const uint16_t *next)
+{
+    tiles(isa, x, n, w, 2 * COLUMNS, n_in / 2, (columns + LANES - 1) / LANES, 0, out, out_stride, next, 2 * strip_elements(n_in));
 }
 
 /* out (M, n_out) = x . w^T for all threads of the region; ends with a barrier. `add_to` adds to what out holds. */
@@ -94,7 +166,7 @@ static void linear_rows(const isa_t *isa, const uint16_t *x, int m, int n_in, co
         const uint16_t *rows[GROUP_ROWS], *strip = w + (size_t)s * strip_elements(n_in);
         float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
         for (int r = 0; r < n; r++) rows[r] = x + (size_t)(first + r) * n_in;
-        strip_rows(isa, rows, n, strip, n_in, columns, result, COLUMNS);
+        strip_rows(isa, rows, n, strip, n_in, columns, result, COLUMNS, strip + (size_t)omp_get_num_threads() * strip_elements(n_in));
         for (int r = 0; r < n; r++) {
             float *target = out + (size_t)(first + r) * n_out + s * COLUMNS;
             if (!add_to) memcpy(target, result + r * COLUMNS, sizeof(float) * (size_t)columns);
@@ -105,14 +177,18 @@ static void linear_rows(const isa_t *isa, const uint16_t *x, int m, int n_in, co
 
 void smo_linear(int isa, int threads, const uint16_t *x, int m, int n_in, const uint16_t *w, int n_out, float *out)
 {
-#pragma omp parallel num_threads(threads)
-    linear_rows(ISAS[isa], x, m, n_in, w, n_out, out, 0);
+    EACH_THREAD(threads, linear_rows(ISAS[isa], x, m, n_in, w, n_out, out, 0));
+}
+
+static void rmsnorm_rows(const isa_t *isa, const float *x, int m, int n, const float *weight, float eps, uint16_t *out)
+{
+#pragma omp for schedule(static)
+    for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * n, weight, eps, n, out + (size_t)r * n);
 }
 
 void smo_rmsnorm(int isa, int threads, const float *x, int m, int n, const float *weight, float eps, uint16_t *out)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < m; r++) ISAS[isa]->rmsnorm(x + (size_t)r * n, weight, eps, n, out + (size_t)r * n);
+    EACH_THREAD(threads, rmsnorm_rows(ISAS[isa], x, m, n, weight, eps, out));
 }
 
 /* ---- attention ---------------------------------------------------------------------------------------------------------- */
@@ -188,18 +264,18 @@ static void attend(const isa_t *isa, const attention_t *a, int request, int head
                             (size_t)head * dim * PAGE_TOKENS;
         const uint16_t *keys = a->k_pages + base, *values = a->v_pages + base;
         const int visible = limit[n - 1] - block * PAGE_TOKENS, used = visible < PAGE_TOKENS ? visible : PAGE_TOKENS;
-        strip_rows(isa, queries, n, keys, dim, used, scores, PAGE_TOKENS);
+        const uint16_t *next_keys = keys;
+        if ((block + 1) * PAGE_TOKENS < limit[n - 1])
+            next_keys = a->k_pages + (size_t)b->page_table[(size_t)request * b->max_pages + block + 1] * page_elements(s) +
+                        (size_t)head * dim * PAGE_TOKENS;
+        strip_rows(isa, queries, n, keys, dim, used, scores, PAGE_TOKENS, values);
         for (int r = 0; r < n; r++)
             isa->softmax(scores + r * PAGE_TOKENS, limit[r] - block * PAGE_TOKENS, &maximum[r], &sum[r], output + r * dim, dim,
                          probabilities + r * PAGE_TOKENS);
         for (int column = 0; column < dim; column += COLUMNS) {
             const int columns = dim - column < COLUMNS ? dim - column : COLUMNS;
-            for (int r = 0; r < n;) {
-                const int left = n - r, tiles = (left + TILE_ROWS - 1) / TILE_ROWS, rows = (left + tiles - 1) / tiles;
-                isa->tile(rows, weights + r, values + 2 * column, 2 * (size_t)dim, (used + 1) / 2, columns / LANES, 1,
-                          output + (size_t)r * dim + column, (size_t)dim);
-                r += rows;
-            }
+            tiles(isa, weights, n, values + 2 * column, 2 * (size_t)dim, (used + 1) / 2, columns / LANES, 1, output + column,
+                  (size_t)dim, next_keys + (size_t)column * PAGE_TOKENS, (size_t)columns * PAGE_TOKENS * 2);
         }
     }
     for (int r = 0; r < n; r++) {
@@ -235,8 +311,7 @@ void smo_verify_attention(int isa, int threads, const layer_shape_t *shape, cons
                           uint16_t *v_pages, const uint16_t *query, uint16_t *result)
 {
     const attention_t a = {shape, batch, k_pages, v_pages};
-#pragma omp parallel num_threads(threads)
-    attend_all(ISAS[isa], &a, query, result);
+    EACH_THREAD(threads, attend_all(ISAS[isa], &a, query, result));
 }
 
 /* The n_active largest logits, lowest index first among equals; weights are their softmax. */
@@ -264,113 +339,147 @@ size_t smo_attention_scratch_bytes(const layer_shape_t *s, int m)
     return align64(rows * qkv_width(s) * 4) + 2 * align64(rows * width * 2) + align64(rows * (size_t)s->n_experts * 4);
 }
 
-void smo_attention_block(int isa_index, int threads, const layer_shape_t *s, const layer_t *layer, const batch_t *b, float *x,
-                         uint16_t *k_pages, uint16_t *v_pages, uint16_t *normed, int32_t *expert_index, float *expert_weight,
-                         unsigned char *scratch)
+/* The attention block of one layer, for all threads of the region; ends with a barrier. */
+static void attention_rows(const isa_t *isa, const layer_t *layer, const attention_t *a, float *x, uint16_t *normed,
+                           int32_t *expert_index, float *expert_weight, unsigned char *scratch)
 {
-    const isa_t *isa = ISAS[isa_index];
-    const attention_t a = {s, b, k_pages, v_pages};
+    const layer_shape_t *s = a->shape;
+    const batch_t *b = a->batch;
     const int m = b->n_rows, width = s->n_heads * s->head_dim, qkv_columns = (int)qkv_width(s);
     float *qkv = (float *)scratch;
     uint16_t *query = (uint16_t *)(scratch + align64((size_t)m * qkv_columns * 4));
     uint16_t *result = query + align64((size_t)m * width * 2) / 2;
     float *logits = (float *)(result + align64((size_t)m * width * 2) / 2);
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int r = 0; r < m; r++)
-            isa->rmsnorm(x + (size_t)r * s->hidden, layer->input_norm, s->rms_eps, s->hidden, normed + (size_t)r * s->hidden);
-        linear_rows(isa, normed, m, s->hidden, layer->qkv, qkv_columns, qkv, 0);
+    rmsnorm_rows(isa, x, m, s->hidden, layer->input_norm, s->rms_eps, normed);
+    linear_rows(isa, normed, m, s->hidden, layer->qkv, qkv_columns, qkv, 0);
 #pragma omp for schedule(dynamic, 1)
-        for (int request = 0; request < b->n_requests; request++)
-            for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
-                append_row(isa, &a, layer, request, r, qkv + (size_t)r * qkv_columns, query + (size_t)r * width);
-        attend_all(isa, &a, query, result);
-        linear_rows(isa, result, m, width, layer->o, s->hidden, x, 1);
+    for (int request = 0; request < b->n_requests; request++)
+        for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
+            append_row(isa, a, layer, request, r, qkv + (size_t)r * qkv_columns, query + (size_t)r * width);
+    attend_all(isa, a, query, result);
+    linear_rows(isa, result, m, width, layer->o, s->hidden, x, 1);
 #pragma omp for schedule(static)
-        for (int r = 0; r < m; r++) {
-            const uint16_t *row = normed + (size_t)r * s->hidden;
-            isa->rmsnorm(x + (size_t)r * s->hidden, layer->post_norm, s->rms_eps, s->hidden, normed + (size_t)r * s->hidden);
-            int32_t *index = expert_index + (size_t)r * s->n_active;
-            float *weight = expert_weight + (size_t)r * s->n_active;
-            if (!layer->router) {
-                *index = 0;
-                *weight = 1.f;
-                continue;
-            }
-            float *row_logits = logits + (size_t)r * s->n_experts, strip[COLUMNS];
-            for (int first = 0; first < s->n_experts; first += COLUMNS) {
-                const int n = s->n_experts - first < COLUMNS ? s->n_experts - first : COLUMNS;
-                strip_rows(isa, &row, 1, layer->router + (size_t)(first / COLUMNS) * strip_elements(s->hidden), s->hidden, n, strip,
-                           COLUMNS);
-                memcpy(row_logits + first, strip, sizeof(float) * (size_t)n);
-            }
-            route(row_logits, s->n_experts, s->n_active, index, weight);
+    for (int r = 0; r < m; r++) {
+        const uint16_t *row = normed + (size_t)r * s->hidden;
+        isa->rmsnorm(x + (size_t)r * s->hidden, layer->post_norm, s->rms_eps, s->hidden, normed + (size_t)r * s->hidden);
+        int32_t *index = expert_index + (size_t)r * s->n_active;
+        float *weight = expert_weight + (size_t)r * s->n_active;
+        if (!layer->router) {
+            *index = 0;
+            *weight = 1.f;
+            continue;
         }
+        float *row_logits = logits + (size_t)r * s->n_experts, strip[COLUMNS];
+        for (int first = 0; first < s->n_experts; first += COLUMNS) {
+            const int n = s->n_experts - first < COLUMNS ? s->n_experts - first : COLUMNS;
+            strip_rows(isa, &row, 1, layer->router + (size_t)(first / COLUMNS) * strip_elements(s->hidden), s->hidden, n, strip,
+                       COLUMNS, layer->router);
+            memcpy(row_logits + first, strip, sizeof(float) * (size_t)n);
+        }
+        route(row_logits, s->n_experts, s->n_active, index, weight);
     }
+}
+
+void smo_attention_block(int isa, int threads, const layer_shape_t *shape, const layer_t *layer, const batch_t *batch, float *x,
+                         uint16_t *k_pages, uint16_t *v_pages, uint16_t *normed, int32_t *expert_index, float *expert_weight,
+                         unsigned char *scratch)
+{
+    const attention_t a = {shape, batch, k_pages, v_pages};
+    EACH_THREAD(threads, attention_rows(ISAS[isa], layer, &a, x, normed, expert_index, expert_weight, scratch));
 }
 
 /* ---- experts ------------------------------------------------------------------------------------------------------------ */
 
 size_t smo_experts_scratch_bytes(int intermediate, int n_slots) { return (size_t)n_slots * (size_t)padded(intermediate) * 2; }
 
-/* experts[e] serves slots[start[e] .. start[e+1]); slot = row * n_active + rank; out[slot] (hidden). */
-void smo_experts(int isa_index, int threads, int hidden, int intermediate, int n_active, const uint16_t *normed, int n_experts,
-                 const uint16_t *const *experts, const int32_t *slots, const int32_t *start, float *out, unsigned char *scratch)
+/* Some experts for all threads of the region; ends with a barrier. experts[e] serves slots[start[e] .. start[e + 1]), or,
+ * where slots is NULL, those numbers themselves; slot = row * n_active + rank; out[slot] (hidden). */
+static void expert_rows(const isa_t *isa, int hidden, int intermediate, int n_active, const uint16_t *normed, int n_experts,
+                        const uint16_t *const *experts, const int32_t *slots, const int32_t *start, float *out,
+                        unsigned char *scratch)
 {
-    const isa_t *isa = ISAS[isa_index];
     const int up_strips = strips(intermediate), down_strips = strips(hidden), wide = padded(intermediate);
     const size_t strip = strip_elements(hidden), down_strip = strip_elements(wide);
     uint16_t *activations = (uint16_t *)scratch;
 
-#pragma omp parallel num_threads(threads)
-    {
-        for (int e = 0; e < n_experts; e++) {
-            const int32_t *mine = slots + start[e];
-            const int m = start[e + 1] - start[e], groups = (m + GROUP_ROWS - 1) / GROUP_ROWS;
+    for (int e = 0; e < n_experts; e++) {
+        const int m = start[e + 1] - start[e], groups = (m + GROUP_ROWS - 1) / GROUP_ROWS;
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int item = 0; item < up_strips * groups; item++) {
-                const int s = item / groups, first = item % groups * GROUP_ROWS, n = m - first < GROUP_ROWS ? m - first : GROUP_ROWS;
-                const uint16_t *rows[GROUP_ROWS], *weights = experts[e] + 2 * (size_t)s * strip;
-                float gate[GROUP_ROWS * COLUMNS] __attribute__((aligned(64))), up[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
-                for (int r = 0; r < n; r++) rows[r] = normed + (size_t)(mine[first + r] / n_active) * hidden;
-                strip_rows(isa, rows, n, weights, hidden, COLUMNS, gate, COLUMNS);
-                strip_rows(isa, rows, n, weights + strip, hidden, COLUMNS, up, COLUMNS);
-                for (int r = 0; r < n; r++)
-                    isa->silu_mul(gate + r * COLUMNS, up + r * COLUMNS, COLUMNS,
-                                  activations + (size_t)(start[e] + first + r) * wide + s * COLUMNS);
-            }
-        }
-#pragma omp barrier
-        for (int e = 0; e < n_experts; e++) {
-            const int32_t *mine = slots + start[e];
-            const int m = start[e + 1] - start[e], groups = (m + GROUP_ROWS - 1) / GROUP_ROWS;
-            const uint16_t *down = experts[e] + down_offset(hidden, intermediate);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int item = 0; item < down_strips * groups; item++) {
-                const int s = item / groups, first = item % groups * GROUP_ROWS, n = m - first < GROUP_ROWS ? m - first : GROUP_ROWS;
-                const int columns = hidden - s * COLUMNS < COLUMNS ? hidden - s * COLUMNS : COLUMNS;
-                const uint16_t *rows[GROUP_ROWS];
-                float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
-                for (int r = 0; r < n; r++) rows[r] = activations + (size_t)(start[e] + first + r) * wide;
-                strip_rows(isa, rows, n, down + (size_t)s * down_strip, wide, columns, result, COLUMNS);
-                for (int r = 0; r < n; r++)
-                    memcpy(out + (size_t)mine[first + r] * hidden + s * COLUMNS, result + r * COLUMNS, sizeof(float) * (size_t)columns);
-            }
+        for (int item = 0; item < up_strips * groups; item++) {
+            const int s = item / groups, first = start[e] + item % groups * GROUP_ROWS, left = start[e + 1] - first;
+            const int n = left < GROUP_ROWS ? left : GROUP_ROWS;
+            const uint16_t *rows[GROUP_ROWS], *weights = experts[e] + 2 * (size_t)s * strip;
+            float gate[GROUP_ROWS * COLUMNS] __attribute__((aligned(64))), up[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
+            for (int r = 0; r < n; r++) rows[r] = normed + (size_t)((slots ? slots[first + r] : first + r) / n_active) * hidden;
+            strip_rows(isa, rows, n, weights, hidden, COLUMNS, gate, COLUMNS, weights + strip);
+            strip_rows(isa, rows, n, weights + strip, hidden, COLUMNS, up, COLUMNS, weights + 2 * (size_t)omp_get_num_threads() * strip);
+            for (int r = 0; r < n; r++)
+                isa->silu_mul(gate + r * COLUMNS, up + r * COLUMNS, COLUMNS, activations + (size_t)(first + r) * wide + s * COLUMNS);
         }
     }
+#pragma omp barrier
+    for (int e = 0; e < n_experts; e++) {
+        const int m = start[e + 1] - start[e], groups = (m + GROUP_ROWS - 1) / GROUP_ROWS;
+        const uint16_t *down = experts[e] + down_offset(hidden, intermediate);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int item = 0; item < down_strips * groups; item++) {
+            const int s = item / groups, first = start[e] + item % groups * GROUP_ROWS, left = start[e + 1] - first;
+            const int n = left < GROUP_ROWS ? left : GROUP_ROWS, columns = hidden - s * COLUMNS < COLUMNS ? hidden - s * COLUMNS : COLUMNS;
+            const uint16_t *rows[GROUP_ROWS];
+            float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
+            for (int r = 0; r < n; r++) rows[r] = activations + (size_t)(first + r) * wide;
+            strip_rows(isa, rows, n, down + (size_t)s * down_strip, wide, columns, result, COLUMNS,
+                       down + (size_t)(s + omp_get_num_threads()) * down_strip);
+            for (int r = 0; r < n; r++)
+                memcpy(out + (size_t)(slots ? slots[first + r] : first + r) * hidden + s * COLUMNS, result + r * COLUMNS,
+                       sizeof(float) * (size_t)columns);
+        }
+    }
+#pragma omp barrier
 }
 
-/* x[row] += sum over ranks, in order, of weight * expert_out[row][rank] */
-void smo_combine(int isa, int threads, float *x, int m, int hidden, int n_active, const float *expert_out, const float *weight)
+void smo_experts(int isa, int threads, int hidden, int intermediate, int n_active, const uint16_t *normed, int n_experts,
+                 const uint16_t *const *experts, const int32_t *slots, const int32_t *start, float *out, unsigned char *scratch)
 {
-#pragma omp parallel for num_threads(threads) schedule(static) if (m > 16)
+    EACH_THREAD(threads,
+                expert_rows(ISAS[isa], hidden, intermediate, n_active, normed, n_experts, experts, slots, start, out, scratch));
+}
+
+/* x[row] += sum over ranks, in order, of weight * expert_out[row][rank]; ends with a barrier. */
+static void combine_rows(const isa_t *isa, float *x, int m, int hidden, int n_active, const float *expert_out, const float *weight)
+{
+#pragma omp for schedule(static)
     for (int r = 0; r < m; r++)
         for (int rank = 0; rank < n_active; rank++) {
             const size_t slot = (size_t)r * n_active + rank;
-            ISAS[isa]->add_scaled(x + (size_t)r * hidden, weight[slot], expert_out + slot * hidden, hidden);
+            isa->add_scaled(x + (size_t)r * hidden, weight[slot], expert_out + slot * hidden, hidden);
         }
+}
+
+void smo_combine(int isa, int threads, float *x, int m, int hidden, int n_active, const float *expert_out, const float *weight)
+{
+    EACH_THREAD(m > 16 ? threads : 1, combine_rows(ISAS[isa], x, m, hidden, n_active, expert_out, weight));
+}
+
+/* ---- a whole dense model ------------------------------------------------------------------------------------------------ */
+
+/* All layers of a model of one expert a layer, in one parallel region: threads meet at barriers and never sleep between
+ * layers, which a draft of one token a request would otherwise spend a quarter of its time on. k_pages and v_pages:
+ * layer after layer, `layer_elements` apart. */
+void smo_dense_pass(int isa_index, int threads, const layer_shape_t *s, int n_layers, const layer_t *layers,
+                    const uint16_t *const *experts, const batch_t *b, float *x, uint16_t *k_pages, uint16_t *v_pages,
+                    size_t layer_elements, uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out,
+                    unsigned char *scratch)
+{
+    const isa_t *isa = ISAS[isa_index];
+    const int32_t start[2] = {0, b->n_rows};
+    EACH_THREAD(threads, for (int i = 0; i < n_layers; i++) {
+        const attention_t a = {s, b, k_pages + (size_t)i * layer_elements, v_pages + (size_t)i * layer_elements};
+        attention_rows(isa, layers + i, &a, x, normed, expert_index, expert_weight, scratch);
+        expert_rows(isa, s->hidden, s->intermediate, 1, normed, 1, experts + i, NULL, start, expert_out, scratch);
+        combine_rows(isa, x, b->n_rows, s->hidden, 1, expert_out, expert_weight);
+    });
 }
 
 /* ---- head --------------------------------------------------------------------------------------------------------------- */
@@ -380,63 +489,65 @@ size_t smo_head_scratch_bytes(int hidden, int m, int threads)
     return align64((size_t)m * hidden * 2) + (size_t)threads * align64((size_t)m * 8);
 }
 
-void smo_head_argmax(int isa_index, int threads, const float *x, int m, int hidden, const float *norm, float eps,
-                     const uint16_t *head, int vocab, int32_t *out, float *logits, unsigned char *scratch)
+/* For all threads of the region: each keeps the best of its strips in `bests`, then they are compared. */
+static void head_rows(const isa_t *isa, const float *x, int m, int hidden, const float *norm, float eps, const uint16_t *head,
+                      int vocab, int32_t *out, float *logits, uint16_t *normed, unsigned char *bests)
 {
-    const isa_t *isa = ISAS[isa_index];
-    uint16_t *normed = (uint16_t *)scratch;
-    unsigned char *bests = scratch + align64((size_t)m * hidden * 2);
     const size_t per_thread = align64((size_t)m * 8);
-
-#pragma omp parallel num_threads(threads)
-    {
-        float *best = (float *)(bests + (size_t)omp_get_thread_num() * per_thread);
-        int32_t *best_index = (int32_t *)(best + m);
-        for (int r = 0; r < m; r++) {
-            best[r] = -INFINITY;
-            best_index[r] = INT32_MAX;
-        }
+            float *best = (float *)(bests + (size_t)omp_get_thread_num() * per_thread);
+            int32_t *best_index = (int32_t *)(best + m);
+            for (int r = 0; r < m; r++) {
+                best[r] = -INFINITY;
+                best_index[r] = INT32_MAX;
+            }
 #pragma omp for schedule(static)
-        for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * hidden, norm, eps, hidden, normed + (size_t)r * hidden);
+            for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * hidden, norm, eps, hidden, normed + (size_t)r * hidden);
 #pragma omp for schedule(dynamic, 4)
-        for (int s = 0; s < strips(vocab); s++) {
-            const int columns = vocab - s * COLUMNS < COLUMNS ? vocab - s * COLUMNS : COLUMNS;
-            for (int first = 0; first < m; first += GROUP_ROWS) {
-                const int n = m - first < GROUP_ROWS ? m - first : GROUP_ROWS;
-                const uint16_t *rows[GROUP_ROWS];
-                float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
-                for (int r = 0; r < n; r++) rows[r] = normed + (size_t)(first + r) * hidden;
-                strip_rows(isa, rows, n, head + (size_t)s * strip_elements(hidden), hidden, columns, result, COLUMNS);
-                for (int r = 0; r < n; r++) {
-                    const float *row = result + r * COLUMNS;
-                    float highest = best[first + r];
-                    int32_t index = best_index[first + r];
-                    for (int i = 0; i < columns; i++)
-                        if (row[i] > highest || (row[i] == highest && s * COLUMNS + i < index)) {
-                            highest = row[i];
-                            index = s * COLUMNS + i;
-                        }
-                    best[first + r] = highest;
-                    best_index[first + r] = index;
-                    if (logits) memcpy(logits + (size_t)(first + r) * vocab + s * COLUMNS, row, sizeof(float) * (size_t)columns);
+            for (int s = 0; s < strips(vocab); s++) {
+                const int columns = vocab - s * COLUMNS < COLUMNS ? vocab - s * COLUMNS : COLUMNS;
+                for (int first = 0; first < m; first += GROUP_ROWS) {
+                    const int n = m - first < GROUP_ROWS ? m - first : GROUP_ROWS;
+                    const uint16_t *rows[GROUP_ROWS];
+                    float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
+                    for (int r = 0; r < n; r++) rows[r] = normed + (size_t)(first + r) * hidden;
+                    const uint16_t *strip = head + (size_t)s * strip_elements(hidden);
+                    strip_rows(isa, rows, n, strip, hidden, columns, result, COLUMNS, strip + strip_elements(hidden));
+                    for (int r = 0; r < n; r++) {
+                        const float *row = result + r * COLUMNS;
+                        float highest = best[first + r];
+                        int32_t index = best_index[first + r];
+                        for (int i = 0; i < columns; i++)
+                            if (row[i] > highest || (row[i] == highest && s * COLUMNS + i < index)) {
+                                highest = row[i];
+                                index = s * COLUMNS + i;
+                            }
+                        best[first + r] = highest;
+                        best_index[first + r] = index;
+                        if (logits) memcpy(logits + (size_t)(first + r) * vocab + s * COLUMNS, row, sizeof(float) * (size_t)columns);
+                    }
                 }
             }
-        }
 #pragma omp for schedule(static)
-        for (int r = 0; r < m; r++) {
-            float highest = -INFINITY;
-            int32_t index = INT32_MAX;
-            for (int t = 0; t < omp_get_num_threads(); t++) {
-                const float *value = (const float *)(bests + (size_t)t * per_thread);
-                const int32_t candidate = ((const int32_t *)(value + m))[r];
-                if (value[r] > highest || (value[r] == highest && candidate < index)) {
-                    highest = value[r];
-                    index = candidate;
+            for (int r = 0; r < m; r++) {
+                float highest = -INFINITY;
+                int32_t index = INT32_MAX;
+                for (int t = 0; t < omp_get_num_threads(); t++) {
+                    const float *value = (const float *)(bests + (size_t)t * per_thread);
+                    const int32_t candidate = ((const int32_t *)(value + m))[r];
+                    if (value[r] > highest || (value[r] == highest && candidate < index)) {
+                        highest = value[r];
+                        index = candidate;
+                    }
                 }
+                out[r] = index == INT32_MAX ? 0 : index;
             }
-            out[r] = index == INT32_MAX ? 0 : index;
-        }
-    }
+}
+
+void smo_head_argmax(int isa, int threads, const float *x, int m, int hidden, const float *norm, float eps, const uint16_t *head,
+                     int vocab, int32_t *out, float *logits, unsigned char *scratch)
+{
+    EACH_THREAD(threads, head_rows(ISAS[isa], x, m, hidden, norm, eps, head, vocab, out, logits, (uint16_t *)scratch,
+                                   scratch + align64((size_t)m * hidden * 2)));
 }
 
 /* ---- probes: what the machine can do at best ---------------------------------------------------------------------------- */
@@ -445,33 +556,33 @@ void smo_head_argmax(int isa_index, int threads, const float *x, int m, int hidd
 double smo_probe_peak(int isa, int threads, int kind, int64_t rounds)
 {
     double (*run)(int64_t) = kind ? ISAS[isa]->peak_bf16 : ISAS[isa]->peak_fp32;
-    double operations = 0;
+    double each = 0;
     if (!run) return -1;
-#pragma omp parallel num_threads(threads) reduction(+ : operations)
-    operations += run(rounds);
-    return operations;
+    EACH_THREAD(threads, const double done = run(rounds); if (omp_get_thread_num() == 0) each = done);
+    return each * threads;
+}
+
+static void move_share(const isa_t *isa, int kind, unsigned char *buffer, size_t n_bytes, int repeats)
+{
+    const size_t share = n_bytes / (size_t)omp_get_num_threads() / 1024 * 1024;
+    unsigned char *mine = buffer + share * (size_t)omp_get_thread_num();
+    for (int repeat = 0; repeat < repeats; repeat++) {
+        if (kind == 0) isa->read_all((const float *)mine, share / 4);
+        else if (kind == 1) memset(mine, repeat + 1, share);
+        else memcpy(mine + share / 2, mine, share / 2);
+        __asm__ volatile("" : : : "memory");
+    }
 }
 
 /* Every thread reads (0), writes (1) or copies within halves (2) its share of the buffer, `repeats` times. */
 void smo_probe_memory(int isa, int threads, int kind, unsigned char *buffer, size_t n_bytes, int repeats)
 {
-#pragma omp parallel num_threads(threads)
-    {
-        const size_t share = n_bytes / (size_t)omp_get_num_threads() / 1024 * 1024;
-        unsigned char *mine = buffer + share * (size_t)omp_get_thread_num();
-        for (int repeat = 0; repeat < repeats; repeat++) {
-            if (kind == 0) ISAS[isa]->read_all((const float *)mine, share / 4);
-            else if (kind == 1) memset(mine, repeat + 1, share);
-            else memcpy(mine + share / 2, mine, share / 2);
-            __asm__ volatile("" : : : "memory");
-        }
-    }
+    EACH_THREAD(threads, move_share(ISAS[isa], kind, buffer, n_bytes, repeats));
 }
 
-/* Follows `steps` links of a cycle of indices; returns the last, so that nothing can be left out. */
-int64_t smo_probe_chase(const int64_t *next, int64_t steps)
+/* Follows `steps` links of a cycle of indices from `at`; returns where it ends, so that nothing can be left out. */
+int64_t smo_probe_chase(const int64_t *next, int64_t at, int64_t steps)
 {
-    int64_t at = 0;
     for (int64_t i = 0; i < steps; i++) at = next[at];
     return at;
 }

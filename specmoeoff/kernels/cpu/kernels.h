@@ -15,9 +15,10 @@ enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 64, TILE_ROWS = 6 };
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; strip row p at w + p * w_stride. rows in 1 .. TILE_ROWS */
+    /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; strip row p at w + p * w_stride. rows in 1 .. TILE_ROWS.
+     * Meanwhile fetches what comes next: 64 * vectors bytes at next + p * next_step (bytes) for every pair. */
     void (*tile)(int rows, const uint16_t *const *x, const uint16_t *w, size_t w_stride, int pairs, int vectors,
-                 int accumulate, float *out, size_t out_stride);
+                 int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_step);
     /* out = bf16(x * rsqrt(mean(x^2) + eps) * weight); n a multiple of 16 */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
     /* out = bf16(scale * x); n a multiple of 16 */

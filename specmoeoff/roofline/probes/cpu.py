@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Kernels, aligned_empty
+from specmoeoff.kernels.cpu import Chase, Kernels, aligned_empty
 from specmoeoff.roofline.timing import measurement, sample, seconds_of
 from specmoeoff.specs.profile import Measurement, Roof
 
@@ -13,17 +13,21 @@ DEFAULT_CACHES = {"l1": 32 * KIB, "l2": 1 * MIB, "l3": 32 * MIB}
 
 
 def cache_bytes() -> dict[str, int]:
-    """Data cache sizes by level as the system tells them, the usual ones where it does not."""
-    sizes = dict(DEFAULT_CACHES)
-    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+    """Data cache sizes as the system tells them, the usual ones where it does not: one L1 and L2, all L3 together."""
+    sizes, shared = dict(DEFAULT_CACHES), {}
+    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         try:
             kind, level = (folder / "type").read_text().strip(), (folder / "level").read_text().strip()
             text = (folder / "size").read_text().strip()
+            cpus = (folder / "shared_cpu_list").read_text().strip()
         except OSError:
             continue
-        if kind != "Instruction" and f"l{level}" in sizes:
-            sizes[f"l{level}"] = int(text.rstrip("KM")) * (KIB if text.endswith("K") else MIB)
-    return sizes
+        n_bytes = int(text.rstrip("KM")) * (KIB if text.endswith("K") else MIB)
+        if kind != "Instruction" and level == "3":
+            shared[cpus] = n_bytes
+        elif kind != "Instruction" and f"l{level}" in sizes:
+            sizes[f"l{level}"] = n_bytes
+    return sizes | ({"l3": sum(shared.values())} if shared else {})
 
 
 def peaks(thread_counts: list[int], budget_s: float) -> list[Roof]:
@@ -53,14 +57,15 @@ def memory(thread_counts: list[int], budget_s: float) -> list[Roof]:
         sizes = {
             "l1_read": n_threads * caches["l1"] // 2,
             "l2_read": n_threads * caches["l2"] // 2,
-            "l3_read": caches["l3"] // 4,
+            "l3_read": min(max(caches["l3"] // 4, 2 * n_threads * caches["l2"]), caches["l3"] // 2),
             "dram_read": dram_bytes,
             "dram_write": dram_bytes,
             "dram_copy": dram_bytes,
         }
         for name, n_bytes in sizes.items():
             kind, part = name.split("_")[1], buffer[:n_bytes]
-            repeats = max(1, (16 * MIB if kind == "read" and n_bytes < 64 * MIB else 0) // n_bytes)
+            # Long enough beside the start of the threads: tens of megabytes for each.
+            repeats = max(1, (64 * MIB * n_threads if n_bytes < dram_bytes else 0) // n_bytes)
             moved = kernels.probe_memory(kind, part, repeats)
             times = sample(lambda k=kernels, kd=kind, p=part, r=repeats: k.probe_memory(kd, p, r), budget_s, 8)  # type: ignore[misc]
             statistic = "median" if name.startswith("dram") else "max"
@@ -75,8 +80,6 @@ def dram_latency() -> Measurement:
     order = np.random.default_rng(0).permutation(n_lines)
     links = aligned_empty(n_lines * 64).view(np.int64)
     links[order * 8] = np.roll(order, -1) * 8
-    kernels, steps = Kernels(1), 50_000
-    samples = [seconds_of(lambda: kernels.probe_chase(links, steps)) for _ in range(7)]
-    # Checking the links once a call costs a pass over them; time only what grows with the steps.
-    overhead = min(seconds_of(lambda: kernels.probe_chase(links, 0)) for _ in range(3))
-    return measurement([max(0.0, s - overhead) / steps for s in samples], "s")
+    chase, steps = Chase(links), 200_000
+    chase.follow(steps)
+    return measurement([seconds_of(lambda: chase.follow(steps)) / steps for _ in range(9)], "s")

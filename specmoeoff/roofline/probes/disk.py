@@ -65,17 +65,21 @@ class Reader:
         """Read for about `seconds` (or until told to stop) on all readers; bytes per second."""
         end = time.perf_counter() + seconds
         counts = [0] * len(self._buffers)
+        errors: list[Exception] = []
 
         def work(index: int) -> None:
-            descriptor = open_direct(self._path)
             try:
-                while time.perf_counter() < end and not (stop and stop.is_set()):
-                    with self._lock:
-                        chunk = self._next % self._n_chunks
-                        self._next += 1
-                    counts[index] += os.preadv(descriptor, [memoryview(self._buffers[index])], chunk * self._chunk)
-            finally:
-                os.close(descriptor)
+                descriptor = open_direct(self._path)
+                try:
+                    while time.perf_counter() < end and not (stop and stop.is_set()):
+                        with self._lock:
+                            chunk = self._next % self._n_chunks
+                            self._next += 1
+                        counts[index] += os.preadv(descriptor, [memoryview(self._buffers[index])], chunk * self._chunk)
+                finally:
+                    os.close(descriptor)
+            except (OSError, MissingCapability) as error:
+                errors.append(error)
 
         begun = time.perf_counter()
         threads = [threading.Thread(target=work, args=(i,)) for i in range(len(counts))]
@@ -83,6 +87,8 @@ class Reader:
             thread.start()
         for thread in threads:
             thread.join()
+        if errors:
+            raise errors[0]
         return sum(counts) / (time.perf_counter() - begun)
 
 

@@ -1,4 +1,8 @@
-"""Seconds of the runtime's operators at a model's shape, over the sizes a window can have."""
+"""Seconds of the runtime's operators at a model's shape, over the sizes a window can have.
+
+Operators are timed inside a pass, one after another as the runtime calls them: what an operator costs depends on what the
+caches hold when it begins, and on whether the other threads still wait for it or have gone to sleep.
+"""
 
 import threading
 import time
@@ -10,6 +14,7 @@ import numpy as np
 from specmoeoff.kernels.cpu import (
     PAGE_TOKENS,
     Batch,
+    DenseStack,
     Kernels,
     LayerShape,
     LayerWeights,
@@ -23,12 +28,17 @@ from specmoeoff.roofline.timing import measurement, seconds_of
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import Measurement, OperatorTable
 
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-TOKENS = (1, 2, 3, 5, 9, 13, 17)
-CONTEXTS = (64, 256, 1024)
-REQUESTS = 16
-N_LAYERS = 12  # enough dense weights and experts that they come from memory, as in a real pass
-COLD_BYTES = 200 << 20
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+TOKENS = (1, 2, 3, 5, 9, 13, 17, 25)
+CONTEXTS = (64, 256, 1024, 4096)
+REQUESTS, REQUESTS_OF_LONG_CONTEXT = 16, 4
+GROUP = 4  # experts computed in one call, as residents are
+COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so that they come from memory
+GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
+PASS_S = 0.025
+LAYERS_OF_LARGE_PASS = 4
+
+Key = tuple[str, int, int]
 
 
 class Bench:
@@ -38,9 +48,6 @@ class Bench:
         self.spec, self.n_threads = spec, n_threads
         self.kernels = Kernels(n_threads)
         self._rng = np.random.default_rng(0)
-        n_expert = packed_expert_bytes(spec.hidden, spec.intermediate)
-        self.experts = [self._weights(n_expert) for _ in range(max(4, min(40, COLD_BYTES // n_expert)))]
-        self._turn = 0
         shape = LayerShape(
             hidden=spec.hidden,
             n_heads=spec.n_heads,
@@ -51,33 +58,36 @@ class Bench:
             n_active=spec.n_active,
             rms_eps=spec.rms_eps,
         )
-        angles = np.zeros((max(CONTEXTS) + 512, spec.head_dim // 2), np.float32)
-        ones = np.ones(spec.hidden, np.float32)
         width = spec.n_heads * spec.head_dim
+        n_expert, n_qkv = packed_expert_bytes(spec.hidden, spec.intermediate), shape.qkv_width
+        n_layers = max(2, min(40, COLD_BYTES // n_expert))
+        self.contexts = tuple(c for c in CONTEXTS if c + max(TOKENS) <= spec.max_positions) or (64,)
+        angles = np.zeros((max(*self.contexts, ROWS[-1]) + ROWS[-1], spec.head_dim // 2), np.float32)
+        ones = np.ones(spec.hidden, np.float32)
+        self.experts = [self._weights(n_expert) for _ in range(n_layers)]
         self.layers = [
             LayerWeights(
                 shape,
                 ones,
-                self._weights(packed_linear_bytes(shape.qkv_width, spec.hidden)),
+                self._weights(packed_linear_bytes(n_qkv, spec.hidden)),
                 self._weights(packed_linear_bytes(spec.hidden, width)),
                 ones,
                 self._weights(packed_linear_bytes(spec.n_experts, spec.hidden)) if spec.n_experts > 1 else None,
                 angles + 1,
                 angles,
             )
-            for _ in range(N_LAYERS)
+            for _ in range(n_layers)
         ]
-        self.head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden))
-        pages = REQUESTS * (max(CONTEXTS) // PAGE_TOKENS + 1) + 1
+        self._head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden))
         heads, dim = spec.n_kv_heads, spec.head_dim
-        n_kv = pages * heads * dim * PAGE_TOKENS * 2
-        self.k_pages = [
-            self._weights(n_kv).view(np.uint16).reshape(pages, heads, dim // 2, PAGE_TOKENS, 2) for _ in range(2)
-        ]
-        self.v_pages = [
-            self._weights(n_kv).view(np.uint16).reshape(pages, heads, PAGE_TOKENS // 2, dim, 2) for _ in range(2)
-        ]
-        self.table = (1 + np.arange(pages - 1, dtype=np.int32)).reshape(REQUESTS, -1)
+        page_bytes = heads * dim * PAGE_TOKENS * 2
+        most = max(n * (c // PAGE_TOKENS + 2) for n, c in ((_n_requests(c), c) for c in self.contexts))
+        of_dense = n_layers * REQUESTS * (ROWS[-1] // REQUESTS // PAGE_TOKENS + 1)
+        self._n_pages = max(most, of_dense, COLD_BYTES // 2 // page_bytes)
+        pages = [self._weights(self._n_pages * page_bytes).view(np.uint16) for _ in range(2)]
+        self._k_pages = pages[0].reshape(self._n_pages, heads, dim // 2, PAGE_TOKENS, 2)
+        self._v_pages = pages[1].reshape(self._n_pages, heads, PAGE_TOKENS // 2, dim, 2)
+        self._turn = self._next_page = 0
 
     def _weights(self, n_bytes: int) -> np.ndarray:
         """bf16 of ordinary size; one block repeated, since only their being ordinary matters to time."""
@@ -87,18 +97,35 @@ class Bench:
         values[:] = np.resize(block.astype(np.uint16), len(values))
         return buffer
 
-    def _next(self, things: Sequence[np.ndarray]) -> np.ndarray:
-        self._turn += 1
-        return things[self._turn % len(things)]
+    def _batch(self, counts: Sequence[int], context: int) -> Batch:
+        """Requests with counts[i] new tokens after `context` old ones, on pages that were not used lately."""
+        pages = (context + max(counts)) // PAGE_TOKENS + 1
+        table = (self._next_page + np.arange(len(counts) * pages)) % self._n_pages
+        self._next_page = int(table[-1]) + 1
+        row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        return Batch(row_start, np.full(len(counts), context, np.int32), table.astype(np.int32).reshape(-1, pages))
 
-    def expert(self, rows: int) -> Callable[[], None]:
-        """One cold expert."""
-        spec = self.spec
-        normed = self._weights(rows * spec.hidden * 2).view(np.uint16).reshape(rows, spec.hidden)
-        out, slots = np.zeros((rows, spec.hidden), np.float32), np.arange(rows, dtype=np.int32)
+    def _rows(self, counts: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """x, normed, expert_index, expert_weight of a pass."""
+        spec, n = self.spec, sum(counts)
+        return (
+            self._rng.standard_normal((n, spec.hidden)).astype(np.float32),
+            np.zeros((n, spec.hidden), np.uint16),
+            np.zeros((n, spec.n_active), np.int32),
+            np.zeros((n, spec.n_active), np.float32),
+        )
+
+    def expert(self, rows: int, group: int = 1) -> Callable[[], None]:
+        """`group` experts of `rows` rows each in one call."""
+        spec, n = self.spec, rows * group
+        normed = self._weights(n * spec.hidden * 2).view(np.uint16).reshape(n, spec.hidden)
+        out = np.zeros((n, spec.hidden), np.float32)
+        slots = np.array_split(np.arange(n, dtype=np.int32), group)
 
         def work() -> None:
-            self.kernels.experts(normed, [self._next(self.experts)], [slots], out, spec.intermediate)
+            self._turn += group
+            chosen = [self.experts[(self._turn + i) % len(self.experts)] for i in range(group)]
+            self.kernels.experts(normed, chosen, slots, out, spec.intermediate)
 
         return work
 
@@ -115,81 +142,146 @@ class Bench:
         spec = self.spec
         x, norm = np.ones((rows, spec.hidden), np.float32), np.ones(spec.hidden, np.float32)
         out = np.zeros(rows, np.int32)
-        return lambda: self.kernels.head_argmax(x, norm, spec.rms_eps, self.head_weight, spec.vocab, out)
+        return lambda: self.kernels.head_argmax(x, norm, spec.rms_eps, self._head_weight, spec.vocab, out)
 
-    def attention_block(self, counts: Sequence[int], context: int) -> Callable[[], None]:
+    def attention_block(self, counts: Sequence[int], context: int = 0) -> Callable[[], None]:
         """One layer for requests with counts[i] new tokens after `context` old ones."""
-        spec, rows = self.spec, sum(counts)
-        row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        batch = Batch(
-            row_start, np.full(len(counts), context, np.int32), np.ascontiguousarray(self.table[: len(counts)])
-        )
-        x = self._rng.standard_normal((rows, spec.hidden)).astype(np.float32)
-        normed = np.zeros((rows, spec.hidden), np.uint16)
-        index = np.zeros((rows, spec.n_active), np.int32)
-        weight = np.zeros((rows, spec.n_active), np.float32)
+        x, *outputs = self._rows(counts)
 
         def work() -> None:
             self._turn += 1
-            layer, pages = self.layers[self._turn % N_LAYERS], self._turn % 2
+            layer = self.layers[self._turn % len(self.layers)]
             # The residual stream grows call by call otherwise.
             np.clip(x, -4, 4, out=x)
-            self.kernels.attention_block(
-                layer, batch, x, self.k_pages[pages], self.v_pages[pages], normed, index, weight
-            )
+            self.kernels.attention_block(layer, self._batch(counts, context), x, self._k_pages, self._v_pages, *outputs)
 
         return work
 
+    def dense_pass(self, counts: Sequence[int]) -> tuple[Callable[[], None], int]:
+        """Some layers of a dense model in one call, and how many they are."""
+        n_layers = len(self.layers) if sum(counts) <= 64 else min(LAYERS_OF_LARGE_PASS, len(self.layers))
+        stack = DenseStack(self.layers[:n_layers], self.experts[:n_layers])
+        n_pages, each = self._n_pages // n_layers, max(counts) // PAGE_TOKENS + 1
+        keys, values = (
+            pages[: n_layers * n_pages].reshape(n_layers, n_pages, *pages.shape[1:])
+            for pages in (self._k_pages, self._v_pages)
+        )
+        table = np.arange(len(counts) * each, dtype=np.int32).reshape(-1, each)
+        row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        batch = Batch(row_start, np.zeros(len(counts), np.int32), table)
+        x, *outputs = self._rows(counts)
+        expert_out = np.zeros_like(x)
+
+        def work() -> None:
+            np.clip(x, -4, 4, out=x)
+            self.kernels.dense_pass(stack, batch, x, keys, values, *outputs, expert_out)
+
+        return work, n_layers
+
 
 def spread(rows: int) -> list[int]:
+    """`rows` tokens over at most REQUESTS requests."""
     n = min(rows, REQUESTS)
     return [rows // n + (i < rows % n) for i in range(n)]
 
 
+def _n_requests(context: int) -> int:
+    return REQUESTS if context <= 1024 else REQUESTS_OF_LONG_CONTEXT
+
+
+def after_a_gap(work: Callable[[], None]) -> float:
+    """Seconds of one call after GAP_S of one thread's Python."""
+    end = time.perf_counter() + GAP_S
+    while time.perf_counter() < end:
+        pass
+    return seconds_of(work)
+
+
+class Pass:
+    """One size's operators in the runtime's order, over as many layers as a moment allows."""
+
+    def __init__(self, bench: Bench, rows: int) -> None:
+        self._layer = {
+            "attention_block": bench.attention_block(spread(rows)),
+            "expert": bench.expert(rows),
+            "experts": bench.expert(rows, GROUP),
+            "combine": bench.combine(rows),
+        }
+        self._head, self._n_layers = bench.head(rows), len(bench.layers)
+        self._dense = bench.dense_pass(spread(rows)) if bench.spec.n_experts == 1 else None
+
+    def layers(self, seconds: float) -> dict[str, list[float]]:
+        """Samples by operator of one layer after the other; `experts` for one expert of the group."""
+        samples: dict[str, list[float]] = {name: [] for name in self._layer}
+        end = time.perf_counter() + seconds
+        while not samples["combine"] or (time.perf_counter() < end and len(samples["combine"]) < self._n_layers):
+            for name, work in self._layer.items():
+                samples[name].append(after_a_gap(work) / (GROUP if name == "experts" else 1))
+        return samples
+
+    def run(self) -> dict[str, list[float]]:
+        """Layers and what comes after them; `dense_layer` for one layer of a dense model's pass."""
+        samples = self.layers(PASS_S)
+        samples["head"] = [after_a_gap(self._head)]
+        if self._dense:
+            work, n_layers = self._dense
+            samples["dense_layer"] = [after_a_gap(work) / n_layers]
+        return samples
+
+
 def measure_operators(spec: ModelSpec, n_threads: int, budget_s: float, rounds: int = 7) -> list[OperatorTable]:
-    """The tables of one model and thread count. Points take turns, so that a change of speed hits all alike."""
+    """The tables of one model and thread count. Sizes take turns, so that a change of speed hits all alike."""
     bench = Bench(spec, n_threads)
-    works: dict[tuple[str, int, int], Callable[[], None]] = {}
-    for rows in ROWS:
-        works["expert", rows, 0] = bench.expert(rows)
-        works["combine", rows, 0] = bench.combine(rows)
-        works["head", rows, 0] = bench.head(rows)
-        works["attention_block", rows, 0] = bench.attention_block(spread(rows), 0)
-    for tokens in TOKENS:
-        for context in (0, *CONTEXTS):
-            works["attention", tokens, context] = bench.attention_block([tokens] * REQUESTS, max(0, context - tokens))
-    samples: dict[tuple[str, int, int], list[float]] = {key: [] for key in works}
-    for work in works.values():
-        work()
-    end = time.perf_counter() + budget_s
-    n_rounds = 0
+    passes = {rows: Pass(bench, rows) for rows in ROWS}
+    attention = {
+        (tokens, context): bench.attention_block([tokens] * _n_requests(context), context)
+        for tokens in TOKENS
+        for context in bench.contexts
+    }
+    base = {
+        (tokens, n): bench.attention_block([tokens] * n)
+        for tokens in TOKENS
+        for n in {*map(_n_requests, bench.contexts)}
+    }
+    samples: dict[Key, list[float]] = {}
+    for one in passes.values():
+        one.layers(0.0)
+    end, n_rounds = time.perf_counter() + budget_s, 0
     while n_rounds < 3 or (n_rounds < rounds and time.perf_counter() < end):
-        for key, work in works.items():
-            # Short calls several times: a timer reading costs a good part of a microsecond.
-            repeats = 1 if samples[key] and samples[key][0] > 5e-4 else 3
-            samples[key].append(min(seconds_of(work) for _ in range(repeats)) if repeats > 1 else seconds_of(work))
+        for rows, one in passes.items():
+            for name, found in one.run().items():
+                samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
+        for tokens in TOKENS:
+            floor = {n: _typical(work) for (t, n), work in base.items() if t == tokens}
+            for context in bench.contexts:
+                n = _n_requests(context)
+                beyond = max(0.0, _typical(attention[tokens, context]) - floor[n]) / n
+                samples.setdefault(("attention", tokens, context), []).append(beyond)
         n_rounds += 1
     return _tables(bench, samples, n_rounds)
 
 
-def _tables(bench: Bench, samples: dict[tuple[str, int, int], list[float]], n_rounds: int) -> list[OperatorTable]:
+def _typical(work: Callable[[], None]) -> float:
+    return float(np.median([after_a_gap(work) for _ in range(3)]))
+
+
+def _tables(bench: Bench, samples: dict[Key, list[float]], n_rounds: int) -> list[OperatorTable]:
     spec = bench.spec
     dense = spec.attention_params
     facts = {
         "expert": lambda n: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
+        "experts": lambda n: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
         "combine": lambda n: (2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)),
         "head": lambda n: (2.0 * spec.vocab * spec.hidden * n, 2.0 * spec.vocab * spec.hidden),
         "attention_block": lambda n: (2.0 * dense * n, 2.0 * dense),
+        "dense_layer": lambda n: (2.0 * (dense + spec.expert_params) * n, 2.0 * dense + spec.expert_bytes),
     }
     tables = []
 
-    def table(
-        operator: str,
-        axes: tuple[str, ...],
-        grid: tuple[tuple[float, ...], ...],
-        rows: list[np.ndarray],
-        work: list[tuple[float, float]],
-    ) -> None:
+    def table(operator: str, axes: tuple[str, ...], grid: tuple[tuple[float, ...], ...], keys: list[Key]) -> None:
+        found = [np.asarray(samples[key]) for key in keys]
+        medians = tuple(float(np.median(f)) for f in found)
+        work = [facts[operator](n) if operator in facts else _attention_work(spec, n, c) for _, n, c in keys]
         tables.append(
             OperatorTable(
                 operator=operator,
@@ -198,30 +290,29 @@ def _tables(bench: Bench, samples: dict[tuple[str, int, int], list[float]], n_ro
                 isa=bench.kernels.isa,
                 axes=axes,
                 grid=grid,
-                seconds=tuple(float(np.median(r)) for r in rows),
-                p10_s=tuple(float(np.percentile(r, 10)) for r in rows),
-                p95_s=tuple(float(np.percentile(r, 95)) for r in rows),
+                seconds=medians,
+                p10_s=tuple(float(np.percentile(f, 10)) for f in found),
+                p95_s=tuple(float(np.percentile(f, 95)) for f in found),
                 flops=tuple(w[0] for w in work),
                 bytes=tuple(w[1] for w in work),
                 n_samples=n_rounds,
-                loo_error=leave_one_out_error(grid[0], [float(np.median(r)) for r in rows]) if len(grid) == 1 else None,
+                loo_error=leave_one_out_error(grid[0], medians) if len(grid) == 1 else None,
             )
         )
 
-    for operator, fact in facts.items():
-        rows = [np.asarray(samples[operator, n, 0]) for n in ROWS]
-        table(operator, ("rows",), (tuple(map(float, ROWS)),), rows, [fact(n) for n in ROWS])
-    rows, work = [], []
-    for n in TOKENS:
-        base = np.asarray(samples["attention", n, 0])
-        for context in CONTEXTS:
-            # The cost beyond a context of almost nothing, which attention_block already holds.
-            rows.append(np.maximum(np.asarray(samples["attention", n, context]) - base, 0.0) / REQUESTS)
-            kv = 4.0 * spec.n_kv_heads * spec.head_dim * context
-            work.append((4.0 * n * context * spec.n_heads * spec.head_dim, kv))
-    grid = (tuple(map(float, TOKENS)), tuple(map(float, CONTEXTS)))
-    table("attention", ("tokens", "context"), grid, rows, work)
+    for operator in facts:
+        if (operator, ROWS[0], 0) in samples:
+            table(operator, ("rows",), (tuple(map(float, ROWS)),), [(operator, n, 0) for n in ROWS])
+    grid = (tuple(map(float, TOKENS)), tuple(map(float, bench.contexts)))
+    # The cost beyond a context of nothing, which attention_block already holds.
+    table("attention", ("tokens", "context"), grid, [("attention", n, c) for n in TOKENS for c in bench.contexts])
     return tables
+
+
+def _attention_work(spec: ModelSpec, tokens: int, context: int) -> tuple[float, float]:
+    """FLOPs and bytes of one request and layer."""
+    keys_and_values = 4.0 * spec.n_kv_heads * spec.head_dim * context
+    return 4.0 * tokens * context * spec.n_heads * spec.head_dim, keys_and_values
 
 
 def slowdown_beside_disk(spec: ModelSpec, n_threads: int, path: Path, n_readers: int, chunk_bytes: int) -> Measurement:
@@ -238,7 +329,7 @@ def slowdown_beside_disk(spec: ModelSpec, n_threads: int, path: Path, n_readers:
     for _ in range(7):
         alone = burst()
         stop = threading.Event()
-        thread = threading.Thread(target=reader.read, args=(5.0, stop))
+        thread = threading.Thread(target=reader.read, args=(60.0, stop))
         thread.start()
         time.sleep(0.02)
         beside = burst()

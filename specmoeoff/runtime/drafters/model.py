@@ -20,7 +20,7 @@ class ModelDrafter:
             raise ValueError("the draft model must be dense")
         n_positions = min(packed.spec.max_positions, pages.pages_per_request * 64)
         self._model = Model(packed, kernels, pages.n_pages, n_positions, max_rows)
-        self._experts = packed.load_experts()
+        self._stack = self._model.stack(packed.load_experts())
         self._pages = pages
         self._kv_tokens = np.zeros(len(pages.table), np.int64)
 
@@ -56,13 +56,9 @@ class ModelDrafter:
         model = self._model
         counts = [len(t) for t in tokens]
         rows = make_rows(0, counts, [int(self._kv_tokens[s]) for s in slots], self._pages.table[slots])
-        everything = np.arange(rows.last, dtype=np.int32)
         with trace.run(trace.builder.draft(step, rows.requests)):
             model.begin(np.concatenate([np.asarray(t, np.int32) for t in tokens]))
-            for layer in range(model.spec.n_layers):
-                model.attention(layer, rows)
-                model.experts(rows.last, [self._experts[layer]], [everything])
-                model.combine(rows.last)
+            model.dense_pass(self._stack, rows)
             chosen = model.choose(np.cumsum(counts) - 1)
         self._kv_tokens[slots] += counts
         return chosen

@@ -24,7 +24,7 @@ from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import PlainPlan, Plan, PlanExperts
-from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.profile import HardwareProfile, Measurement
 from specmoeoff.specs.record import (
     Check,
     Comparison,
@@ -230,19 +230,13 @@ class Validator:
             self._speed_up(blocks, limit)
 
     def _profile_disk(self) -> None:
-        """Whether the stored profile's disk is this disk. Shared disks change speed: only what is too fast or too slow in
-        its middle and at its best is another disk."""
-        disk = self.profile.disk
-        if disk is None or self.recalibrator is None:
-            return
-        rate, seen = disk.read_gb_per_s, [s.disk_gb_per_s for s in self.recalibrator.slices]
-        shift = rate.value / median(rate.samples)  # an edited value moves the whole disk
-        middles, bests = rate.value / median(seen), shift * _best(rate.samples) / _best(seen)
-        mildest = min(middles, bests, key=lambda ratio: abs(log(ratio))) if (middles > 1) == (bests > 1) else 1.0
-        detail = f"profile {rate.value:.2f} GB/s, seen now {median(seen):.2f}, at best {_best(seen):.2f} GB/s"
-        way = f"{mildest:.1f}x too fast" if mildest > 1 else f"{1 / mildest:.1f}x too slow"
-        cause = f"the profile's disk is {way} ({detail}): profile the machine again"
-        self._check("profile's disk", max(mildest, 1 / mildest) <= 1 + DISK_ERROR, detail, cause)
+        """Whether the stored profile's disk is the one seen while this ran."""
+        if self.profile.disk and self.recalibrator:
+            seen = [s.disk_gb_per_s for s in self.recalibrator.slices]
+            off, detail = disk_off_by(self.profile.disk.read_gb_per_s, seen)
+            way = f"{off:.1f}x too fast" if off > 1 else f"{1 / off:.1f}x too slow"
+            cause = f"the profile's disk is {way} ({detail}): profile the machine again"
+            self._check("profile's disk", max(off, 1 / off) <= 1 + DISK_ERROR, detail, cause)
 
     # ---- how ----------------------------------------------------------------------------------------------------------
 
@@ -457,6 +451,18 @@ class Validator:
                     phases_s={name: fmean(w.phases_s.get(name, 0.0) for w in windows) for name in sorted(names)},
                 )
             )
+
+
+def disk_off_by(stored: Measurement, seen: Sequence[float]) -> tuple[float, str]:
+    """How many times faster the stored disk is than what was seen (GB/s), and both in words.
+
+    Shared disks flip between speeds: only a disk that is off in its middle and at its best alike is another disk.
+    """
+    edited = stored.value / median(stored.samples)  # a value that is not its samples' moves the whole disk
+    middle, best = stored.value / median(seen), edited * _best(stored.samples) / _best(seen)
+    agree = (middle > 1) == (best > 1)
+    off = min(middle, best, key=lambda ratio: abs(log(ratio))) if agree else 1.0
+    return off, f"profile {stored.value:.2f} GB/s, seen now {median(seen):.2f}, at best {_best(seen):.2f} GB/s"
 
 
 def _named(limit: float | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 
 import numpy as np
 
@@ -160,16 +161,11 @@ class Tuner:
     def bound(self, choice: Choice) -> float:
         """Tokens per second that no schedule exceeds: the compute lane without a wait; the disk without a wait, reading
         nothing that is not used; and while drafting, when no slot is given back, the disk fills the slots at most."""
-        r = self.request
-        try:
-            draft_s, compute_s = self._compute_floor(choice)
-            n_read = self._least_read(choice)
-        except OutOfRange as error:
-            self.out_of_range = error
-            return 0.0
+        draft_s, compute_s = self._compute_floor(choice)
+        n_read = self._least_read(choice)
         load_s = self._stride / (self.prices(choice.n_threads).disk_gb_per_s * 1e9)
         window_s = max(compute_s, n_read * load_s, draft_s + (n_read - choice.stream_slots) * load_s)
-        return choice.batch * tokens_per_round(r.workload, self.decode(choice)) / window_s
+        return choice.batch * tokens_per_round(self.request.workload, self.decode(choice)) / window_s
 
     def _compute_floor(self, choice: Choice) -> tuple[float, float]:
         key = (choice.drafter, choice.draft_length, choice.batch, choice.n_threads)
@@ -182,7 +178,10 @@ class Tuner:
             )
             alone = self.decode(replace(choice, micro_batches=1))
             shape = window_shape(spec, self.request.workload, alone, everything, [self.mean_context] * choice.batch)
-            self._floors[key] = self.prices(choice.n_threads).compute_floor(window_graph(shape, 0))
+            try:
+                self._floors[key] = self.prices(choice.n_threads).compute_floor(window_graph(shape, 0))
+            except OutOfRange as error:
+                self.out_of_range, self._floors[key] = error, (inf, inf)
         return self._floors[key]
 
     def _least_read(self, choice: Choice) -> float:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,9 +136,11 @@ class Layer:
     plain: dict[str, np.ndarray]
 
 
-def make_layer(heads: int, kv_heads: int, dim: int, hidden: int, n_experts: int, n_active: int) -> Layer:
+def make_layer(
+    heads: int, kv_heads: int, dim: int, hidden: int, n_experts: int, n_active: int, intermediate: int = 64
+) -> Layer:
     rng = np.random.default_rng(heads * dim)
-    shape = cpu.LayerShape(hidden, heads, kv_heads, dim, 64, n_experts, n_active, 1e-5)
+    shape = cpu.LayerShape(hidden, heads, kv_heads, dim, intermediate, n_experts, n_active, 1e-5)
     plain = {
         "input_norm": rng.random(hidden).astype(np.float32) + 0.5,
         "qkv": bf16(rng, shape.qkv_width, hidden, scale=0.3),
@@ -192,7 +195,13 @@ def run_block(
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "hidden", "n_experts", "n_active"),
-    [(6, 2, 16, 48, 8, 2), (9, 3, 64, 96, 4, 1), (4, 4, 128, 64, 5, 2), (8, 1, 80, 32, 1, 1)],
+    [
+        (6, 2, 16, 48, 8, 2),
+        (9, 3, 64, 96, 4, 1),
+        (4, 4, 128, 64, 5, 2),
+        (8, 1, 80, 32, 1, 1),
+        (2, 1, 256, 64, 130, 8),
+    ],
 )
 def test_attention_block_matches_float64(
     isa: str, heads: int, kv_heads: int, dim: int, hidden: int, n_experts: int, n_active: int
@@ -274,6 +283,116 @@ def test_rolled_back_tokens_leave_no_trace(isa: str) -> None:
     assert all(np.array_equal(a, b[66:]) for a, b in zip(found, clean, strict=True))
 
 
+def make_dense(hidden: int, intermediate: int, n_layers: int) -> tuple[list[Layer], list[np.ndarray]]:
+    rng = np.random.default_rng(n_layers)
+    layers = [make_layer(6, 2, 16, hidden, 1, 1, intermediate) for _ in range(n_layers)]
+    experts = []
+    for _ in range(n_layers):
+        gate, up = (bf16(rng, intermediate, hidden, scale=0.2) for _ in range(2))
+        experts.append(cpu.aligned_empty(cpu.packed_expert_bytes(hidden, intermediate)))
+        cpu.pack_expert(gate, up, bf16(rng, hidden, intermediate, scale=0.2), experts[-1])
+    return layers, experts
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_dense_pass_is_its_layers_one_by_one(isa: str, threads: int) -> None:
+    rng = np.random.default_rng(threads)
+    layers, experts = make_dense(48, 72, 3)
+    shape, kernels = layers[0].shape, cpu.Kernels(threads, isa)
+    counts, firsts, table = [5, 1, 9], [0, 0, 0], np.array([[3], [0], [2]], np.int32)
+    x = rng.standard_normal((15, 48)).astype(np.float32)
+    keys, values = (np.stack(pages) for pages in zip(*(new_pages(shape, 4) for _ in layers), strict=True))
+    one_by_one, pages = x.copy(), (keys.copy(), values.copy())
+    for i, layer in enumerate(layers):
+        one_by_one, normed, _, weight = run_block(
+            kernels, layer, one_by_one, counts, firsts, table, (pages[0][i], pages[1][i])
+        )
+        out = np.empty((15, 48), np.float32)
+        kernels.experts(normed, [experts[i]], [np.arange(15, dtype=np.int32)], out, 72)
+        kernels.combine(one_by_one, out, weight)
+
+    stack = cpu.DenseStack([layer.weights for layer in layers], experts)
+    batch = cpu.Batch(np.array([0, 5, 6, 15], np.int32), np.zeros(3, np.int32), table)
+    work = (np.empty((15, 48), np.uint16), np.empty((15, 1), np.int32), np.empty((15, 1), np.float32))
+    kernels.dense_pass(stack, batch, x, keys, values, *work, np.empty((15, 48), np.float32))
+    assert np.array_equal(x, one_by_one)
+    assert np.array_equal(keys, pages[0])
+    assert np.array_equal(values, pages[1])
+
+
+@pytest.mark.parametrize("dim", [16, 64, 256])
+def test_verify_attention_reads_what_was_appended(isa: str, dim: int) -> None:
+    """Chunks of queries against a prefix, on pages out of order."""
+    rng = np.random.default_rng(dim)
+    layer = make_layer(4, 2, dim, 32, 1, 1)
+    kernels, pages, table = cpu.Kernels(2, isa), new_pages(layer.shape, 4), np.array([[2, 0, 3]])
+    prompt = rng.standard_normal((150, 32)).astype(np.float32)
+    run_block(kernels, layer, prompt, [150], [0], table, pages)
+    for first, n in ((149, 1), (130, 17), (63, 2)):
+        query = bf16(rng, n, 4 * dim, scale=dim**-0.5)
+        out = np.empty_like(query)
+        batch = cpu.Batch(np.array([0, n], np.int32), np.array([first], np.int32), table.astype(np.int32))
+        kernels.verify_attention(layer.shape, batch, *pages, query, out)
+        keys, values = reference.unpack_pages(*pages, table[0], first + n)
+        exact = reference.attention(reference.bf16_to_f64(query).reshape(n, 4, dim), keys, values, first)
+        close(reference.bf16_to_f64(out), exact.reshape(n, -1), 2 * BF16_EPS, float(np.abs(values).max()))
+
+
+@settings(max_examples=int(os.environ.get("SPECMOEOFF_EXAMPLES", "25")), deadline=None)
+@given(m=st.integers(1, 60), half=st.integers(1, 70), threads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_expert_and_head_rows_do_not_know_their_neighbours(m: int, half: int, threads: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, intermediate = bf16(rng, m, 48), 2 * half
+    gate, up = (bf16(rng, intermediate, 48, scale=0.2) for _ in range(2))
+    expert = cpu.aligned_empty(cpu.packed_expert_bytes(48, intermediate))
+    cpu.pack_expert(gate, up, bf16(rng, 48, intermediate, scale=0.2), expert)
+    states, head = rng.standard_normal((m, 48)).astype(np.float32), packed(bf16(rng, 130, 48))
+    ones, row = np.ones(48, np.float32), m - 1
+    for isa in cpu.supported_isas():
+        many, one = cpu.Kernels(threads, isa), cpu.Kernels(1, isa)
+        together, alone = np.empty((m, 48), np.float32), np.empty((1, 48), np.float32)
+        many.experts(x, [expert], [np.arange(m, dtype=np.int32)], together, intermediate)
+        one.experts(x[row:].copy(), [expert], [np.zeros(1, np.int32)], alone, intermediate)
+        assert np.array_equal(together[row], alone[0])
+        all_logits, its = np.empty((m, 130), np.float32), np.empty((1, 130), np.float32)
+        many.head_argmax(states, ones, 1e-5, head, 130, np.empty(m, np.int32), all_logits)
+        one.head_argmax(states[row:].copy(), ones, 1e-5, head, 130, np.empty(1, np.int32), its)
+        assert np.array_equal(all_logits[row], its[0])
+
+
+def test_the_highest_logit_of_several_strips_is_the_lowest_of_equals(isa: str) -> None:
+    weight = np.zeros((200, 16), np.uint16)
+    weight[[70, 71, 150, 199]] = 0x3F80  # ones: all four logits are equal, and above the others'
+    x, out = np.ones((3, 16), np.float32), np.empty(3, np.int32)
+    for threads in (1, 2, 3):
+        cpu.Kernels(threads, isa).head_argmax(x, np.ones(16, np.float32), 1e-5, packed(weight), 200, out)
+        assert out.tolist() == [70] * 3
+
+
+def test_calling_a_kernel_leaves_the_callers_cpus_as_they_were() -> None:
+    before = os.sched_getaffinity(0)
+    cpu.Kernels(2).rmsnorm(np.ones((4, 16), np.float32), np.ones(16, np.float32), 1e-5, np.empty((4, 16), np.uint16))
+    assert os.sched_getaffinity(0) == before
+
+
+def test_memory_is_private_and_in_huge_pages_where_there_are_any() -> None:
+    array = cpu.aligned_empty(cpu.HUGE_PAGE * 2)
+    assert array.ctypes.data % cpu.HUGE_PAGE == 0
+    assert not array.any()
+    address = array.ctypes.data
+    mappings = Path("/proc/self/smaps").read_text().splitlines()
+    header = next(i for i, line in enumerate(mappings) if "-" in line.split()[0] and _holds(line, address))
+    assert mappings[header].split()[1].endswith("p")
+
+
+def _holds(line: str, address: int) -> bool:
+    first, _, last = line.split()[0].partition("-")
+    try:
+        return int(first, 16) <= address < int(last, 16)
+    except ValueError:
+        return False
+
+
 def test_wrong_arguments_are_named() -> None:
     kernels = cpu.Kernels(1)
     x, out = np.zeros((2, 64), np.uint16), np.zeros((2, 3), np.float32)
@@ -288,7 +407,19 @@ def test_wrong_arguments_are_named() -> None:
         kernels.linear(x, weight, 3, out[:1])
     with pytest.raises(ValueError, match="page_table"):
         cpu.Batch(np.array([0, 1], np.int32), np.array([64], np.int32), np.zeros((1, 1), np.int32))
+    with pytest.raises(ValueError, match="x: the row length must be a multiple of 16, not 20"):
+        kernels.combine(np.zeros((1, 20), np.float32), np.zeros((1, 20), np.float32), np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match="x: the row length must be a multiple of 16, not 18"):
+        kernels.head_argmax(
+            np.zeros((1, 18), np.float32), np.ones(18, np.float32), 1e-5, weight, 3, np.zeros(1, np.int32)
+        )
+    fixed = np.zeros((2, 3), np.float32)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out: must be aligned and writeable"):
+        kernels.linear(x, weight, 3, fixed)
     expert = cpu.aligned_empty(cpu.packed_expert_bytes(64, 2))
+    with pytest.raises(ValueError, match="row_slots: a slot occurs twice"):
+        kernels.experts(x, [expert], [np.array([1, 1], np.int32)], np.zeros((2, 64), np.float32), 2)
     with pytest.raises(ValueError, match="row_slots"):
         kernels.experts(x, [expert], [np.array([2], np.int32)], np.zeros((2, 64), np.float32), 2)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,38 @@ def test_batching_chunking_and_threads_change_nothing(
     pair: tuple[PackedModel, PackedModel], plain: dict[str, list[int]], batch: int, chunk: int, threads: int
 ) -> None:
     assert generate(pair, "model", 3, "mixed", batch, 2, chunk, threads) == plain
+
+
+@pytest.mark.parametrize("drafter", ["none", "model", "ngram"])
+def test_rewound_requests_go_the_same_way_again(pair: tuple[PackedModel, PackedModel], drafter: str) -> None:
+    target, draft = pair
+    k = 0 if drafter == "none" else 3
+    decode = PlanDecode(
+        drafter=drafter,  # type: ignore[arg-type]
+        draft_length=k,
+        batch=3,
+        micro_batches=1,
+        context_tokens=128,
+        prefill_chunk_tokens=64,
+    )
+    experts = PlanExperts(resident=((0,),) * 3, prefetch=((1, 2, 3, 4),) * 3, stream_slots=4)
+    with Engine(
+        target, draft, decode, experts, PlanThreads(compute=2, disk_readers=2, disk_chunk_bytes=8192)
+    ) as engine:
+        engine.submit(replace(r, max_tokens=50) for r in requests(3, target.spec.vocab))
+        while not engine.live or any(s.prefilling for s in engine.live):
+            engine.step()
+            engine.rewind()
+        ways = []
+        for _ in range(3):
+            engine.rewind()
+            assert all(s.n_output == 1 for s in engine.live)
+            for _ in range(4):
+                engine.step()
+            engine.pause()
+            ways.append([list(s.tokens) for s in engine.live])
+        assert ways[0] == ways[1] == ways[2]
+        assert all(s.n_output >= 5 for s in engine.live)
 
 
 def test_a_draft_equal_to_the_target_is_always_accepted(llama: Path) -> None:

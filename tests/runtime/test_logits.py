@@ -71,6 +71,12 @@ def test_logits_are_as_close_to_fp32_as_transformers_bf16_is(
     assert np.median(ours) < 0.02 * np.abs(exact).max()
 
 
+def assert_argmax_differs_only_in_near_ties(found: np.ndarray, exact: np.ndarray, gap: float) -> None:
+    rows = np.flatnonzero(found.argmax(axis=1) != exact.argmax(axis=1))
+    lost = exact[rows].max(axis=1) - exact[rows, found[rows].argmax(axis=1)]
+    assert (lost <= gap).all(), (rows, lost, gap)
+
+
 @pytest.mark.slow
 def test_the_demo_without_noise_is_its_dense_original(tmp_path: Path) -> None:
     from specmoeoff.demo.builder import build_demo, find_gguf
@@ -87,9 +93,15 @@ def test_the_demo_without_noise_is_its_dense_original(tmp_path: Path) -> None:
     tokens = np.asarray(Tokenizer(pair.draft).encode(text)[:220], np.int32)
     target, draft = pack_model(pair.target), pack_model(pair.draft)
     moe, dense = engine_logits(target, tokens), engine_logits(draft, tokens)
-    # Equal experts with weights that sum to one: only the rounding of the combination differs.
-    assert np.abs(moe - dense).max() < 0.02 * np.abs(dense).max()
-    assert (moe.argmax(axis=1) == dense.argmax(axis=1)).mean() >= 0.97  # near-ties fall either way
+    # Equal experts with weights that sum to one: only the rounding of the combination differs, so argmax may differ only
+    # where the two best logits are closer than twice the largest difference.
+    rounding = np.abs(moe - dense).max()
+    assert rounding < 0.02 * np.abs(dense).max()
+    assert_argmax_differs_only_in_near_ties(moe, dense, 2 * rounding)
+    # The dense original in fp32, computed by transformers: our bf16 activations are the only difference.
     theirs = transformers_logits(pair.draft, tokens, "float32")
+    typical = np.abs(dense - theirs).mean()
+    assert typical < 0.01 * np.abs(theirs).max()
+    assert_argmax_differs_only_in_near_ties(dense, theirs, 8 * typical)
     assert (dense.argmax(axis=1) == theirs.argmax(axis=1)).mean() >= 0.97
     assert read_model_spec(pair.target).fingerprint != read_model_spec(pair.draft).fingerprint

@@ -2,10 +2,11 @@
 questions that do not depend on timing are asked for their answers here."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from specmoeoff.errors import BadInput
@@ -16,14 +17,14 @@ from specmoeoff.runtime.observe import observe
 from specmoeoff.runtime.pack import pack_model
 from specmoeoff.runtime.process import peak_rss_bytes
 from specmoeoff.runtime.sequence import Request
-from specmoeoff.runtime.validate import Options, Validator
+from specmoeoff.runtime.validate import Options, Validator, disk_off_by
 from specmoeoff.specs.plan import Plan, PlanThreads
-from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.profile import HardwareProfile, Measurement
 from specmoeoff.specs.record import Check, RunRecord
 from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.tune import TuneRequest, tune
 
-FEW = Options(n_pairs=2, block_windows=2, uncapped_block_windows=2, sweep_windows=1)
+FEW = Options(n_pairs=2, block_windows=2, uncapped_block_windows=2, resident_pairs=1, sweep_windows=1)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ def check(record: RunRecord, name: str) -> Check:
     return next(c for c in record.checks if c.name == name)
 
 
-@pytest.fixture
-def setting(save_model: Callable[..., Path], tmp_path: Path) -> Setting:
+@pytest.fixture(scope="module")
+def setting(_saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECMOEOFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield _measured_setting(_saved)
+
+
+def _measured_setting(save_model: Callable[..., Path]) -> Setting:
     target_folder = save_model("mixtral", vocab_size=96, max_position_embeddings=2048)
     draft_folder = save_model("llama", vocab_size=96, max_position_embeddings=2048)
     target, draft = pack_model(target_folder), pack_model(draft_folder)
@@ -98,13 +105,20 @@ def test_a_drafter_that_has_every_token_accepted_is_found(setting: Setting) -> N
 
 
 def test_a_flipped_byte_in_an_expert_is_found(setting: Setting) -> None:
-    path = setting.opened.target.expert_path
-    with path.open("r+b") as stream:
-        stream.seek(setting.opened.target.expert_offset(1, 3) + 100)
-        byte = stream.read(1)
-        stream.seek(-1, os.SEEK_CUR)
-        stream.write(bytes([byte[0] ^ 0x40]))
-    answer = check(setting.validate(), "experts intact")
+    path, offset = setting.opened.target.expert_path, setting.opened.target.expert_offset(1, 3) + 100
+
+    def flip() -> None:
+        with path.open("r+b") as stream:
+            stream.seek(offset)
+            byte = stream.read(1)
+            stream.seek(offset)
+            stream.write(bytes([byte[0] ^ 0x40]))
+
+    flip()
+    try:
+        answer = check(setting.validate(), "experts intact")
+    finally:
+        flip()
     assert not answer.passed
     assert "layer 1 expert 3" in answer.cause
 
@@ -112,11 +126,33 @@ def test_a_flipped_byte_in_an_expert_is_found(setting: Setting) -> None:
 def test_a_profile_whose_disk_is_too_fast_is_found(setting: Setting) -> None:
     disk = setting.profile.disk
     assert disk is not None
-    fast = disk.read_gb_per_s.model_copy(update={"value": 3 * max(disk.read_gb_per_s.samples)})
+    # The value alone, as an editor would change it: three times, since a test's file is too small for a steady rate.
+    fast = disk.read_gb_per_s.model_copy(update={"value": 3 * disk.read_gb_per_s.value})
     profile = setting.profile.model_copy(update={"disk": disk.model_copy(update={"read_gb_per_s": fast})})
     answer = check(setting.validate(profile=profile), "profile's disk")
     assert not answer.passed
     assert "too fast" in answer.cause
+
+
+def test_a_disk_that_flips_is_not_another_disk_and_one_off_by_a_third_is() -> None:
+    rng = np.random.default_rng(0)
+
+    def disk(share_fast: float, n: int) -> np.ndarray:
+        return np.where(rng.random(n) < share_fast, 3.1, 2.0) * (1 + 0.03 * rng.standard_normal(n))
+
+    def stored(samples: np.ndarray, value: float) -> Measurement:
+        return Measurement(value=value, unit="GB/s", statistic="median", samples=tuple(samples))
+
+    for then, now in ((0.5, 0.5), (0.8, 0.3), (0.3, 0.8), (1.0, 0.4)):
+        before, seen = disk(then, 30), disk(now, 30)
+        middle = float(np.median(before))
+        assert 1 / 1.15 <= disk_off_by(stored(before, middle), seen)[0] <= 1.15
+    before, seen = disk(0.6, 30), disk(0.6, 30)
+    middle = float(np.median(before))
+    for factor in (1.3, 1 / 1.3):
+        for tampered in (stored(before * factor, middle * factor), stored(before, middle * factor)):
+            off, _ = disk_off_by(tampered, seen)
+            assert (off > 1.15) if factor > 1 else (off < 1 / 1.15)
 
 
 def test_a_plan_that_understates_memory_is_found(setting: Setting) -> None:

@@ -30,6 +30,7 @@ class Picture:
     table: pd.DataFrame
 
 
+ABOVE_ROOF = 1.02
 LEVELS = {
     "l1_read": "L1",
     "l2_read": "L2",
@@ -55,6 +56,8 @@ def roofline_points(profile: HardwareProfile, plan: Plan | None, model: ModelSpe
             bandwidth = min(bandwidth, plan.limits.disk_limit_gb_per_s)
         roof = attainable(intensity, bandwidth, peak)
         limiter = LEVELS[level] if intensity < ridge(bandwidth, peak) else "compute"
+        if rate > ABOVE_ROOF * roof:
+            limiter = f"above its roof: {LEVELS[level]} was faster then than when it was measured"
         rows.append(
             {
                 "name": name,
@@ -103,7 +106,7 @@ def _window_points(add: object, label: str, part: "Plan | PlainPlan", model: Mod
     kv = part.decode.batch * context * model.kv_bytes_per_token + model.n_layers * 2.0 * model.attention_params
     if attention_s:
         share = attention_s / p.window_s
-        add(f"attention, {label}", "dram_read", work / kv, work / attention_s / 1e9, share, "predicted")  # type: ignore[operator]
+        add(f"attention block, {label}", "dram_read", work / kv, work / attention_s / 1e9, share, "predicted")  # type: ignore[operator]
 
 
 def roofline(
@@ -128,11 +131,15 @@ def roofline(
     bf16 = peaks.get("bf16_dot", peak)
     floor = _floor(points, lines, x_low)
     order = sorted(lines.items(), key=lambda item: -item[1])
+    last_knee = 1e-9
     for i, (name, rate) in enumerate(order):
         knee = ridge(rate, bf16)
         style = {"linestyle": "--"} if name == "disk cap" else {}
         axis.plot([x_low, knee], [x_low * rate, bf16], color="#777777", linewidth=1.1, **style)  # type: ignore[arg-type]
         axis.plot([knee], [bf16], marker="|", color="#333333", markersize=8)
+        if x_low < knee < x_high and knee / last_knee > 1.35:
+            axis.text(knee, bf16 * 1.22, f"{knee:,.3g}", ha="center", fontsize=7, color="#333333")
+            last_knee = knee
         _roof_label(axis, LEVELS[name], rate, x_low, floor, i, bf16)
         table_rows.append(
             {
@@ -167,7 +174,7 @@ def roofline(
     table = pd.concat([pd.DataFrame(table_rows), points], ignore_index=True)
     return Picture(
         "roofline",
-        "Dashed: the cap put on the disk. Marker size: share of the window. Small dots: operators alone.",
+        "Dashed: the cap put on the disk. Marker size: share of the window. Small dots: operators alone. Small numbers: FLOP per byte at the ridges.",
         figure,
         table,
     )

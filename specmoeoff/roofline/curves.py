@@ -1,5 +1,7 @@
 """The hierarchical roofline: what a level's bandwidth and a peak allow at an intensity."""
 
+import numpy as np
+
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
@@ -25,10 +27,16 @@ def attention_flops(spec: ModelSpec, rows: float, context: float) -> float:
 
 
 def roofs(profile: HardwareProfile) -> tuple[dict[str, float], dict[str, float]]:
-    """Peaks in GFLOP/s and bandwidths in GB/s at the most threads measured; the disk link among them."""
+    """Peaks in GFLOP/s and bandwidths in GB/s at the most threads measured; the disk link among them.
+
+    A roof is what a level was seen to do at its best (95th percentile); planners read the median instead.
+    """
     most = max((r.n_threads for r in profile.peaks), default=1)
     peaks = {r.name: r.rate.value for r in profile.peaks if r.n_threads == most}
-    memory = {r.name: r.rate.value for r in profile.memory if r.n_threads == most and r.name.endswith("_read")}
+    memory = {r.name: r.rate for r in profile.memory if r.n_threads == most and r.name.endswith("_read")}
     if profile.disk:
-        memory["disk"] = profile.disk.read_gb_per_s.value
-    return peaks, memory
+        memory["disk"] = profile.disk.read_gb_per_s
+    return peaks, {
+        name: rate.value if rate.statistic == "max" else float(np.percentile(rate.samples, 95))
+        for name, rate in memory.items()
+    }

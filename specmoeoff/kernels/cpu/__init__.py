@@ -568,9 +568,10 @@ class Kernels:
         return done if done >= 0 else None
 
     def probe_memory(self, kind: str, buffer: np.ndarray, repeats: int = 1) -> int:
-        """Read, write or copy a uint8 buffer on all threads; bytes moved (a copy counts both ways)."""
+        """Read (from a cache), write, copy or stream (read from memory, fetching ahead) a uint8 buffer on all threads;
+        bytes moved (a copy counts both ways)."""
         address = _pointer(buffer, np.uint8, (None,), "buffer", write=True)
-        code = ("read", "write", "copy").index(kind)
+        code = ("read", "write", "copy", "stream").index(kind)
         _library().smo_probe_memory(self._isa, self.n_threads, code, address, len(buffer), repeats)
         return len(buffer) // self.n_threads // 1024 * 1024 * self.n_threads * repeats
 

@@ -97,4 +97,4 @@ static inline V v_first(V v, int count, float fill)
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, 0};
+const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, 0};

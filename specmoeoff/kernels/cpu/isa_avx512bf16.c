@@ -59,4 +59,4 @@ static int supported(void)
            __builtin_cpu_supports("avx512bf16");
 }
 
-const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, peak_bf16};
+const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, peak_bf16};

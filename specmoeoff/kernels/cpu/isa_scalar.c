@@ -81,4 +81,4 @@ static inline V v_first(V v, int count, float fill) { EACH(i < count ? v.f[i] : 
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_all, peak_fp32, 0};
+const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, 0};

@@ -567,14 +567,15 @@ static void move_share(const isa_t *isa, int kind, unsigned char *buffer, size_t
     const size_t share = n_bytes / (size_t)omp_get_num_threads() / 1024 * 1024;
     unsigned char *mine = buffer + share * (size_t)omp_get_thread_num();
     for (int repeat = 0; repeat < repeats; repeat++) {
-        if (kind == 0) isa->read_all((const float *)mine, share / 4);
+        if (kind == 0) isa->read_cached((const float *)mine, share / 4);
+        else if (kind == 3) isa->read_memory((const float *)mine, share / 4);
         else if (kind == 1) memset(mine, repeat + 1, share);
         else memcpy(mine + share / 2, mine, share / 2);
         __asm__ volatile("" : : : "memory");
     }
 }
 
-/* Every thread reads (0), writes (1) or copies within halves (2) its share of the buffer, `repeats` times. */
+/* Every thread reads (0: from a cache, 3: from memory), writes (1) or copies within halves (2) its share, `repeats` times. */
 void smo_probe_memory(int isa, int threads, int kind, unsigned char *buffer, size_t n_bytes, int repeats)
 {
     EACH_THREAD(threads, move_share(ISAS[isa], kind, buffer, n_bytes, repeats));

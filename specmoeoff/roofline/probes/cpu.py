@@ -48,8 +48,7 @@ def peaks(thread_counts: list[int], budget_s: float) -> list[Roof]:
 
 def memory(thread_counts: list[int], budget_s: float) -> list[Roof]:
     """Read bandwidth of every level, and write and copy of DRAM, in GB/s. Caches: the most; DRAM: the median."""
-    caches = cache_bytes()
-    dram_bytes = max(4 * caches["l3"], 256 * MIB)
+    caches, dram_bytes = cache_bytes(), _dram_bytes()
     buffer = aligned_empty(dram_bytes)
     result = []
     for n_threads in thread_counts:
@@ -63,7 +62,7 @@ def memory(thread_counts: list[int], budget_s: float) -> list[Roof]:
             "dram_copy": dram_bytes,
         }
         for name, n_bytes in sizes.items():
-            kind, part = name.split("_")[1], buffer[:n_bytes]
+            kind, part = "stream" if name == "dram_read" else name.split("_")[1], buffer[:n_bytes]
             # Long enough beside the start of the threads: tens of megabytes for each.
             repeats = max(1, (64 * MIB * n_threads if n_bytes < dram_bytes else 0) // n_bytes)
             moved = kernels.probe_memory(kind, part, repeats)
@@ -72,6 +71,20 @@ def memory(thread_counts: list[int], budget_s: float) -> list[Roof]:
             rate = measurement([moved / t / 1e9 for t in times], "GB/s", statistic, f"{n_bytes:,} bytes")
             result.append(Roof(name=name, n_threads=n_threads, rate=rate))
     return result
+
+
+def _dram_bytes() -> int:
+    return max(4 * cache_bytes()["l3"], 256 * MIB)
+
+
+def dram_read_again(roof: Roof, n_samples: int = 8) -> Roof:
+    """The same roof with some more samples: on a shared host DRAM changes speed within seconds."""
+    kernels, buffer = Kernels(roof.n_threads), aligned_empty(_dram_bytes())
+    moved = kernels.probe_memory("stream", buffer)
+    times = [seconds_of(lambda: kernels.probe_memory("stream", buffer)) for _ in range(n_samples)]
+    old = roof.rate
+    samples = [*old.samples, *(moved / t / 1e9 for t in times)]
+    return Roof(name=roof.name, n_threads=roof.n_threads, rate=measurement(samples, old.unit, old.statistic, old.note))
 
 
 def dram_latency() -> Measurement:

@@ -54,7 +54,7 @@ def main() -> None:
         samples: dict[str, list[float]] = {"ours": [], "torch": [], "read": []}
         for i in range(ROUNDS + 2):
             pair = {"ours": seconds_of(lambda i=i: run_ours(i)), "torch": seconds_of(lambda i=i: run_torch(i + 7))}
-            pair["read"] = seconds_of(lambda: kernels.probe_memory("read", buffer))
+            pair["read"] = seconds_of(lambda: kernels.probe_memory("stream", buffer))
             if i >= 2:
                 for name, seconds in pair.items():
                     samples[name].append(seconds)

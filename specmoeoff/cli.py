@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -29,6 +30,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or `demo`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
+DiskLimit = Annotated[float | None, typer.Option("--disk-limit-gb-per-s", help="Cap the disk lane.")]
 
 
 def main() -> NoReturn:
@@ -37,15 +39,15 @@ def main() -> NoReturn:
     # each kernel up to a hundred times slower, while a short spin costs nothing that can be measured on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # newer typer returns this where older ones raise Abort
+            raise KeyboardInterrupt
     except SpecMoEOffError as error:
         typer.echo(f"specmoeoff: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("specmoeoff: interrupted; nothing finished is lost.", err=True)
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Exception as error:
         # click's own usage errors: typer vendors click, so they are known by what they carry
         code = getattr(error, "exit_code", None)
@@ -53,7 +55,7 @@ def main() -> NoReturn:
             raise
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def _version(wanted: bool) -> None:
@@ -110,7 +112,7 @@ def parse_bytes(text: str, option: str) -> int:
     return int(value * units[unit])
 
 
-def _table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+def _table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -122,19 +124,46 @@ def _table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> 
     Console().print(table)
 
 
-def _existing_folder(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise BadInput(f"{output}: cannot write: the folder {output.parent} does not exist; create it first.")
+def _check_files(outputs: dict[str, Path | None], inputs: dict[str, Path | None]) -> None:
+    """Before any work: every output can be written, and none is an input or another output. Keys are option names."""
+    from specmoeoff.files import explain_os_errors
+
+    seen = {os.path.realpath(path): name for name, path in inputs.items() if path}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        with explain_os_errors(path):
+            if path.is_dir():
+                raise BadInput(f"{name} {path}: is a folder; give the name of a file to write.")
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        other = seen.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise BadInput(f"{name} {path}: is also {other}; give a file of its own.")
 
 
-def _open_models(model: str, bar: Bar) -> tuple[Any, Any, str | None]:
-    """Packed target, packed draft or None, and the draft's source."""
+def _check_range(option: str, value: float | None, low: float, high: float) -> None:
+    """typer's own limits let nan through."""
+    if value is not None and not low <= value <= high:
+        raise BadInput(f"{option} {value:g}: give a number from {low:g} to {high:g}.")
+
+
+def _check_disk_limit(value: float | None) -> None:
+    _check_range("--disk-limit-gb-per-s", value, 0.01, 1000.0)
+
+
+def _open_models(model: str, bar: Bar) -> tuple[Any, Any, Any]:
+    """Packed target, packed draft or None, and the tokenizer."""
+    from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import default_draft, model_folder
     from specmoeoff.runtime.pack import pack_model
+    from specmoeoff.runtime.tokenizer import Tokenizer
 
-    target = pack_model(model_folder(model), bar.count)
-    source = default_draft(model)
-    return target, pack_model(model_folder(source), bar.count) if source else None, source
+    folder, source = model_folder(model), default_draft(model)
+    read_model_spec(folder)
+    tokenizer = Tokenizer(folder)  # before packing, which may take minutes
+    target = pack_model(folder, bar.count)
+    return target, pack_model(model_folder(source), bar.count) if source else None, tokenizer
 
 
 @app.command()
@@ -156,7 +185,7 @@ def doctor(as_json: Json = False) -> None:
 def profile(
     output: Output = Path("profile.json"),
     model: Annotated[list[str] | None, typer.Option("--model", help="Also measure this model's operators.")] = None,
-    budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.", min=5.0)] = 40.0,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.")] = 40.0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
     ] = False,
@@ -166,7 +195,8 @@ def profile(
     from specmoeoff.roofline.profile import measure_profile
     from specmoeoff.runtime.loading import model_folder
 
-    _existing_folder(output)
+    _check_files({"--output": output}, {})
+    _check_range("--budget", budget, 5.0, 86400.0)
     with progress("opening the model", as_json) as bar:
         specs, disk_file = [], None
         for name in model or []:
@@ -205,19 +235,17 @@ def workload(
     as_json: Json = False,
 ) -> None:
     """Measure lengths, acceptance by draft position, and how experts are used."""
+    from specmoeoff.files import read_text, sha256_text
     from specmoeoff.runtime.batch_files import read_batch, to_request
-    from specmoeoff.runtime.loading import model_folder
     from specmoeoff.runtime.observe import observe, observing_residents
-    from specmoeoff.runtime.tokenizer import Tokenizer
     from specmoeoff.specs.plan import PlanThreads
 
-    _existing_folder(output)
+    _check_files({"--output": output}, {"--prompts": prompts})
     with progress("opening the model", as_json) as bar:
-        target, draft, _ = _open_models(model, bar)
-        tokenizer = Tokenizer(model_folder(model))
         path = prompts or _demo_prompts(model)
         given = read_batch(path)[:requests]
-        todo = [to_request(line, tokenizer, ignore_eos, output_tokens) for line in given]
+        target, draft, tokenizer = _open_models(model, bar)
+        todo = [to_request(line, tokenizer, target.spec, ignore_eos, output_tokens) for line in given]
         names = drafter or (["model", "ngram"] if draft else ["ngram"])
         for name in names:
             if name not in ("model", "ngram"):
@@ -227,6 +255,7 @@ def workload(
         threads = PlanThreads(compute=_n_cores(), disk_readers=2, disk_chunk_bytes=1 << 20)
         held = observing_residents(target)
         result = observe(target, draft, todo, names, threads, batch, held, path.stem, lambda s: bar("decoding", s))  # type: ignore[arg-type]
+        result = result.model_copy(update={"prompts_sha256": sha256_text(read_text(path, "batch file"))})
     result.save(output)
     if as_json:
         typer.echo(json.dumps({"workload": str(output), "union_exponent": result.union_exponent}))
@@ -265,9 +294,9 @@ def tune(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Live requests.", min=1, max=256)] = 16,
     context: Annotated[
-        int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.")
+        int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.", min=1)
     ] = None,
-    disk_limit_gb_per_s: Annotated[float | None, typer.Option(help="Cap the disk lane.", min=0.01)] = None,
+    disk_limit_gb_per_s: DiskLimit = None,
     search: Annotated[str, typer.Option("--search", help="exhaustive or optuna.")] = "exhaustive",
     trials: Annotated[int, typer.Option("--trials", help="For optuna.", min=1)] = 200,
     measure: Annotated[
@@ -286,17 +315,18 @@ def tune(
     from specmoeoff.tuner.tune import TuneRequest
     from specmoeoff.tuner.tune import tune as find_plan
 
-    _existing_folder(output)
+    _check_files({"--output": output}, {"--profile": profile, "--workload": workload})
+    _check_disk_limit(disk_limit_gb_per_s)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
     machine_profile, behaviour = HardwareProfile.load(profile), Workload.load(workload)
-    source = default_draft(model)
+    folder, source = model_folder(model), default_draft(model)
     with progress("tuning", as_json) as bar:
         request = TuneRequest(
             profile=machine_profile,
-            model=read_model_spec(model_folder(model)),
+            model=read_model_spec(folder),
             workload=behaviour,
-            model_source=model if model == "demo" else str(Path(model).resolve()),
+            model_source=model if model == "demo" else str(folder.resolve()),
             host_memory_bytes=parse_bytes(host_memory, "--host-memory")
             if host_memory
             else int(0.9 * available_bytes()),
@@ -355,11 +385,16 @@ def _inputs_folder() -> Path:
 
 def _keep_inputs(machine_profile: "HardwareProfile", behaviour: "Workload") -> None:
     """Copies by hash, so that `validate` can re-price a plan from the plan alone."""
-    from specmoeoff.files import sha256_text, write_atomic
+    from specmoeoff.files import explain_os_errors, sha256_text, write_atomic
 
-    _inputs_folder().mkdir(parents=True, exist_ok=True)
-    for text in (machine_profile.text(), behaviour.text()):
-        write_atomic(_inputs_folder() / f"{sha256_text(text)}.json", text)
+    folder = _inputs_folder()
+    try:
+        with explain_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for text in (machine_profile.text(), behaviour.text()):
+            write_atomic(folder / f"{sha256_text(text)}.json", text)
+    except BadInput as error:
+        typer.echo(f"warning: {error} `validate` will need --profile and --workload.", err=True)
 
 
 def _load_inputs(
@@ -405,16 +440,17 @@ def run(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print answers as they finish.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always produce max_tokens.")] = False,
-    disk_limit_gb_per_s: Annotated[float | None, typer.Option(help="Cap the disk lane.", min=0.01)] = None,
+    disk_limit_gb_per_s: DiskLimit = None,
     as_json: Json = False,
 ) -> None:
     """Run a batch file under a plan; resumes where it stopped."""
     from specmoeoff.runtime.batch_run import BatchRun
     from specmoeoff.specs.plan import Plan
 
+    outputs = {"--output": output, "--record": record, "--trace": trace}
+    _check_files(outputs, {"PLAN": plan_file, "--input": input_file})
+    _check_disk_limit(disk_limit_gb_per_s)
     plan = Plan.load(plan_file)
-    for path in (output, *(p for p in (record, trace) if p)):
-        _existing_folder(path)
     _warn_other_machine(plan)
     with progress("opening the model", as_json or stream) as bar:
         job = BatchRun(plan, input_file, output, disk_limit_gb_per_s, ignore_eos, bar.count)
@@ -453,10 +489,11 @@ def validate(
     from specmoeoff.runtime.validate import Options, Validator
     from specmoeoff.specs.plan import Plan
 
+    inputs = {"PLAN": plan_file, "--prompts": prompts, "--profile": profile, "--workload": workload}
+    _check_files({"--output": output}, inputs)
     plan = Plan.load(plan_file)
-    if output:
-        _existing_folder(output)
     machine_profile, behaviour = _load_inputs(plan, profile, workload)
+    lines = read_batch(prompts or _demo_prompts(plan.model.source))[:requests]
     _warn_other_machine(plan)
     with progress("opening the model", as_json) as bar:
         try:
@@ -465,8 +502,7 @@ def validate(
             if "another model" in str(error):
                 raise AnswerIsNo(f"plan of another model: {error}") from None
             raise
-        lines = read_batch(prompts or _demo_prompts(plan.model.source))[:requests]
-        todo = [to_request(line, opened.tokenizer, ignore_eos=True) for line in lines]
+        todo = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
         options = Options(
             n_pairs=pairs, block_windows=windows, uncapped_block_windows=max(2, windows // 2), progress=bar
         )
@@ -514,7 +550,8 @@ def report(
     from specmoeoff.specs.record import RunRecord
     from specmoeoff.specs.workload import Workload
 
-    _existing_folder(output)
+    inputs = {"--profile": profile, "--plan": plan_file, "--workload": workload, "--points": points}
+    _check_files({"--output": output}, {**inputs, **{f"--record {path}": path for path in record or []}})
     plan = Plan.load(plan_file) if plan_file else None
     files = write_report(
         output,
@@ -548,7 +585,7 @@ def auto(
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Batch-file lines; default: the demo's.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path("out"),
     disk_limit_gb_per_s: Annotated[
-        float | None, typer.Option(help="Cap the disk lane; default for the demo: 1.0; 0: no cap.", min=0.0)
+        float | None, typer.Option(help="Cap the disk lane; default for the demo: 1.0; 0: no cap.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
 ) -> None:
@@ -556,4 +593,5 @@ def auto(
     from specmoeoff.auto import run_all
 
     limit = 1.0 if disk_limit_gb_per_s is None and model == "demo" else disk_limit_gb_per_s or None
+    _check_disk_limit(limit)
     run_all(model, prompts or _demo_prompts(model), output, limit, fresh)

@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from specmoeoff.errors import BadInput
 
@@ -17,7 +19,10 @@ def cache_dir() -> Path:
     if override:
         return Path(override)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "specmoeoff"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "specmoeoff"
+    except RuntimeError:
+        raise BadInput("this user has no home folder; set SPECMOEOFF_CACHE to a folder for the cache.") from None
 
 
 @contextmanager
@@ -50,9 +55,31 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
                 os.fsync(stream.fileno())
             Path(name).chmod(0o644)
             Path(name).replace(path)
+            sync_folder(path.parent)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: until then a rename may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text, or ValueError with the reason."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_text(path: Path | str, what: str) -> str:

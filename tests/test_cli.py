@@ -85,19 +85,28 @@ def test_bad_byte_sizes_name_the_option(text: str) -> None:
         parse_bytes(text, "--fast-memory")
 
 
-def test_models_that_are_not_there(tmp_path: Path) -> None:
-    arguments = ("workload", "--prompts", tmp_path / "p.jsonl", "-o", tmp_path / "w.json")
+def test_models_that_are_not_there(prompts: Path, tmp_path: Path) -> None:
+    arguments = ("workload", "--prompts", prompts, "-o", tmp_path / "w.json")
     refused(run(*arguments, "--model", tmp_path / "nothing"), 2, "no such folder")
     refused(run(*arguments, "--model", "mistralai/Mixtral-8x7B"), 2, "download it first")
+    refused(
+        run(*arguments, "--model", "~nouser-of-this-name/m"), 2, "~nouser-of-this-name/m", "give a checkpoint folder"
+    )
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     refused(run(*arguments, "--model", tmp_path / "m"), 2, "config.json", "GPT2LMHeadModel")
     assert not (tmp_path / "w.json").exists()
 
 
-def test_plans_that_cannot_be_read(plan: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": {"prompt": "x"}}) + "\n")
-    rest = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"custom_id": "a", "body": {"prompt": "x"}}) + "\n")
+    return path
+
+
+def test_plans_that_cannot_be_read(plan: Path, prompts: Path, tmp_path: Path) -> None:
+    rest = ("--input", prompts, "--output", tmp_path / "out.jsonl")
     refused(run("run", tmp_path / "absent.toml", *rest), 2, "absent.toml", "no such plan")
     text = plan.read_text()
     broken = tmp_path / "broken.toml"
@@ -117,9 +126,74 @@ def test_prompts_that_are_not_json_lines(plan: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out.jsonl*"))
 
 
-def test_a_plan_of_another_machine_is_a_warning(plan: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": {"prompt": "x"}}) + "\n")
-    done = run("run", plan, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+def test_no_output_replaces_an_input_or_another_output(plan: Path, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(prompts)
+    out, other = tmp_path / "out.jsonl", tmp_path / "x" / ".." / "out.jsonl"
+    (tmp_path / "x").mkdir()
+    before = {path: path.read_bytes() for path in (plan, prompts)}
+    for outputs, words in (
+        (("--output", prompts), ("--output", "is also --input")),
+        (("--output", tmp_path / "link.jsonl"), ("--output", "is also --input")),
+        (("--output", plan), ("--output", "is also PLAN")),
+        (("--output", out, "--record", prompts), ("--record", "is also --input")),
+        (("--output", out, "--record", other), ("--record", "is also --output")),
+        (("--output", out, "--trace", out), ("--trace", "is also --output")),
+        (("--output", out, "--record", tmp_path / "r", "--trace", tmp_path / "r"), ("--trace", "is also --record")),
+    ):
+        refused(run("run", plan, "--input", prompts, *outputs), 2, *words, "give a file of its own")
+    refused(run("workload", "--model", tmp_path, "--prompts", prompts, "-o", prompts), 2, "is also --prompts")
+    assert {path: path.read_bytes() for path in before} == before
+    assert not out.exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(plan: Path, prompts: Path, tmp_path: Path) -> None:
+    for output, words in (
+        (".", "is a folder"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "out", "does not exist; create it first"),
+        (prompts / "out", "does not exist; create it first"),
+        ("/proc/out", "cannot write"),
+        (tmp_path / ("x" * 300), "cannot write"),
+    ):
+        refused(run("run", plan, "--input", prompts, "--output", output, cwd=tmp_path), 2, str(output), words)
+    refused(run("report", "--profile", tmp_path / "absent", "-o", ".", cwd=tmp_path), 2, "--output .: is a folder")
+    refused(run("profile", "-o", "/proc/p.json"), 2, "/proc/p.json: cannot write")
+    refused(run("tune", "--profile", plan, "--model", "m", "--workload", plan, "-o", tmp_path), 2, "is a folder")
+    refused(run("validate", plan, "-o", tmp_path), 2, "is a folder")
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e9", "0.001", "-1"])
+def test_an_absurd_disk_limit_is_refused(plan: Path, prompts: Path, tmp_path: Path, value: str) -> None:
+    limit = f"--disk-limit-gb-per-s={value}"
+    output = ("-o", tmp_path / "x.toml")
+    for command in (
+        ("run", plan, "--input", prompts, "--output", tmp_path / "out.jsonl"),
+        ("tune", "--profile", plan, "--model", "m", "--workload", plan, *output),
+        ("auto", "--model", "m", "--prompts", prompts, "-o", tmp_path / "auto"),
+    ):
+        refused(run(*command, limit), 2, "--disk-limit-gb-per-s", "give a number from 0.01 to 1000")
+    refused(run("profile", "--budget", "nan", *output), 2, "--budget nan: give a number from 5 to 86400")
+
+
+def test_a_context_of_nothing_is_refused(plan: Path, tmp_path: Path) -> None:
+    arguments = ("--profile", plan, "--model", "m", "--workload", plan, "-o", tmp_path / "x.toml")
+    refused(run("tune", *arguments, "--context", 0), 2, "--context")
+
+
+@pytest.mark.parametrize("command", ["profile", "workload"])
+def test_a_model_without_a_tokenizer_is_refused_before_measuring(
+    command: str, save_tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path / "cache"))
+    arguments = ("--prompts", prompts) if command == "workload" else ()
+    done = run(command, "--model", save_tiny[0], "-o", tmp_path / "x.json", *arguments)
+    refused(done, 2, "tokenizer.json: no such tokenizer")
+    assert not (tmp_path / "x.json").exists()
+    assert not (tmp_path / "cache" / "packed").exists()
+
+
+def test_a_plan_of_another_machine_is_a_warning(plan: Path, prompts: Path, tmp_path: Path) -> None:
+    done = run("run", plan, "--input", prompts, "--output", tmp_path / "out.jsonl")
     refused(done, 2, "warning: the plan was made from a profile of another machine")
 
 
@@ -134,6 +208,35 @@ def test_too_little_memory_is_exit_1_with_the_smallest_change(
     refused(done, 1, "fast memory", "bytes", "smallest change", "--fast-memory")
     assert not (tmp_path / "plan.toml").exists()
     refused(run("tune", *arguments, "-o", tmp_path / "no" / "plan.toml"), 2, "does not exist")
+
+
+def test_a_plan_names_its_model_so_that_it_is_found_from_anywhere(
+    made_up_profile: HardwareProfile, made_up_workload: Workload, save_tiny, tmp_path: Path, monkeypatch
+) -> None:
+    """And a cache folder that cannot be written costs a warning, not the plan."""
+    from specmoeoff.runtime.checkpoint import read_model_spec
+
+    folder, fingerprint = save_tiny
+    # Only the identity of the tiny model: the made-up profile prices another shape.
+    spec = read_model_spec(folder)
+    fitting = made_up_workload.model_copy(update={"model_fingerprint": fingerprint})
+    shape = {old.shape: spec.shape_key for old in made_up_profile.operators if "-e8a" in old.shape}
+    tables = tuple(t.model_copy(update={"shape": shape.get(t.shape, t.shape)}) for t in made_up_profile.operators)
+    made_up_profile.model_copy(update={"operators": tables}).save(tmp_path / "profile.json")
+    popularity = ((0.5,) * spec.n_experts,) * spec.n_layers
+    fitting.model_copy(update={"popularity": popularity}).save(tmp_path / "workload.json")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path / "file" / "cache"))
+    done = run(
+        *("tune", "--profile", tmp_path / "profile.json", "--model=~/tiny", "--workload", tmp_path / "workload.json"),
+        *("-o", tmp_path / "plan.toml", "--fast-memory", "1MiB", "--host-memory", "8GiB", "--context", 64),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr
+    assert "will need --profile and --workload" in done.stderr
+    assert Plan.load(tmp_path / "plan.toml").model.source == str(folder)
 
 
 @pytest.fixture

@@ -35,13 +35,13 @@ class BatchRun:
     ) -> None:
         self._plan = plan
         lines = read_batch(input_file)
-        self._opened = open_plan(plan, progress)
-        self._requests = [to_request(line, self._opened.tokenizer, ignore_eos) for line in lines]
+        opened = self._opened = open_plan(plan, progress)
+        self._requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos) for line in lines]
         for request in self._requests:
             Engine.check_fits(request, plan.decode.context_tokens)
         self._urls = {line.custom_id: line.url for line in lines}
         self._limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
-        self._journal = Journal(output, lines, sha256_text(plan.text()))
+        self._journal = Journal(output, lines, sha256_text(plan.text()), ignore_eos)
         self._traces: deque[tuple[Window, Trace]] = deque(maxlen=TRACED_WINDOWS)
 
     def run(self, progress: Callable[[int, int], None], say: Callable[[str], None] | None) -> RunRecord:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specmoeoff.errors import BadInput
-from specmoeoff.files import explain_os_errors
+from specmoeoff.files import explain_os_errors, sync_folder
 
 
 @contextmanager
@@ -61,9 +61,11 @@ def build_folder(
                 fill(partial)
                 for path in partial.iterdir():
                     sync_and_drop(path)
+                sync_folder(partial)
                 if final.exists():
                     shutil.rmtree(final)
                 partial.rename(final)
+                sync_folder(final.parent)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

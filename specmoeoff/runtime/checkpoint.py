@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from specmoeoff.errors import BadInput
-from specmoeoff.files import cache_dir, read_text, sha256_text, write_atomic
+from specmoeoff.files import cache_dir, load_json, read_text, sha256_text, write_atomic
 from specmoeoff.kernels.cpu import MAX_HEAD_DIM
 from specmoeoff.specs.model import ModelSpec
 
@@ -25,6 +25,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000
+MAX_ALL_EXPERTS = 1_000_000
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
@@ -47,8 +48,8 @@ def from_bf16(values: np.ndarray) -> np.ndarray:
 
 def _load_object(path: Path, what: str) -> dict[str, Any]:
     try:
-        data = json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
+        data = load_json(read_text(path, what))
+    except ValueError as error:
         raise BadInput(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(data, dict):
         raise BadInput(f"{path}: an object is expected.")
@@ -82,11 +83,17 @@ def _refuse_what_the_kernels_lack(config: dict[str, Any], path: Path) -> None:
             raise BadInput(f"{path}: {field} is set, and biases are not supported; use a model without them.")
 
 
+def _rope_theta(config: dict[str, Any], architecture: str) -> Any:
+    default = 1e6 if architecture == "mixtral" else 1e4
+    return config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", default))
+
+
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     eos = config.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.is_file():
-        eos = _load_object(generation, "generation config").get("eos_token_id", eos)
+        ids = _load_object(generation, "generation config").get("eos_token_id")
+        eos = eos if ids is None else ids
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (eos,)
@@ -99,13 +106,13 @@ def _spec_from_config(folder: Path) -> ModelSpec:
         raise BadInput(f"{folder}: no such checkpoint folder.")
     config = _load_object(path, "model config")
     names = config.get("architectures") or ["none"]
-    if names[0] not in SUPPORTED:
-        raise BadInput(
-            f"{path}: architecture {names[0]} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}."
-        )
-    architecture = SUPPORTED[names[0]]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in SUPPORTED:
+        raise BadInput(f"{path}: architecture {name} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}.")
+    architecture = SUPPORTED[name]
     try:
         _refuse_what_the_kernels_lack(config, path)
+        rope_theta = _rope_theta(config, architecture)
     except (TypeError, AttributeError):
         raise BadInput(f"{path}: a field has the wrong type; download the file again.") from None
 
@@ -118,8 +125,6 @@ def _spec_from_config(folder: Path) -> ModelSpec:
         return value
 
     hidden, n_heads = count("hidden_size"), count("num_attention_heads")
-    default_theta = 1e6 if architecture == "mixtral" else 1e4
-    rope_theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", default_theta))
     try:
         spec = ModelSpec(
             name=folder.resolve().name,
@@ -143,6 +148,10 @@ def _spec_from_config(folder: Path) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the file.") from None
+    if spec.rms_eps < 0 or spec.rope_theta <= 0:
+        raise BadInput(f"{path}: rms_norm_eps or rope_theta is negative; download the file again.")
+    if spec.n_all_experts > MAX_ALL_EXPERTS:
+        raise BadInput(f"{path}: {spec.n_all_experts:,} experts are more than a model has; download the file again.")
     if spec.n_active > spec.n_experts:
         raise BadInput(f"{path}: num_experts_per_tok {spec.n_active} exceeds num_local_experts {spec.n_experts}.")
     if spec.n_heads % spec.n_kv_heads:
@@ -236,11 +245,13 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, TensorPlace]]:
         )
     places: dict[str, TensorPlace] = {}
     try:
-        for name, entry in json.loads(header).items():
+        for name, entry in load_json(header).items():
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
+            shape = tuple(entry["shape"])
+            if not all(isinstance(n, int) for n in (begin, end, *shape)):
+                raise TypeError
             places[name] = TensorPlace(path.name, str(entry["dtype"]), shape, 8 + n_header + begin, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path}: not a safetensors file: its header is unreadable; download it again.") from None
@@ -422,10 +433,14 @@ def resolve_model(name_or_path: str | Path) -> ModelPaths:
 
         demo = build_demo()
         return ModelPaths(demo.target, demo.draft)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name_or_path).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a folder closed to us, a name too long, ~ of an unknown user
+        raise BadInput(f"model {name_or_path}: {error}; give a checkpoint folder or `demo`.") from None
+    if is_folder:
         return ModelPaths(path, None)
-    if path.exists():
+    if is_there:
         raise BadInput(f"{path}: is a file; give the folder that holds config.json and the safetensors files.")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name_or_path)):
         raise BadInput(

@@ -1,12 +1,11 @@
 """Text to tokens and back: tokenizer.json, and the chat template of tokenizer_config.json in a sandbox."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specmoeoff.errors import BadInput
-from specmoeoff.files import read_text
+from specmoeoff.files import load_json, read_text
 
 
 class Tokenizer:
@@ -17,34 +16,29 @@ class Tokenizer:
 
         self._folder = Path(folder)
         path = self._folder / "tokenizer.json"
+        if not path.exists():
+            raise BadInput(f"{path}: no such tokenizer; download it with the rest of the checkpoint.")
         text = read_text(path, "tokenizer")
         try:
             self._tokenizer = FastTokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise BadInput(f"{path}: not a tokenizer: {error}; download the file again.") from None
-        self._config = self._optional("tokenizer_config.json")
-        self.eos_ids = self._eos_ids()
+        self._config = self._read_config()
 
-    def _optional(self, name: str) -> dict[str, Any]:
-        path = self._folder / name
+    def _read_config(self) -> dict[str, Any]:
+        path = self._folder / "tokenizer_config.json"
         if not path.is_file():
             return {}
         try:
-            data = json.loads(read_text(path, "tokenizer configuration"))
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}: not valid JSON: {error}.") from None
+            data = load_json(read_text(path, "tokenizer configuration"))
+        except ValueError as error:
+            raise BadInput(f"{path}: not valid JSON: {error}; download the file again.") from None
         return data if isinstance(data, dict) else {}
 
-    def _eos_ids(self) -> tuple[int, ...]:
-        for name in ("generation_config.json", "config.json"):
-            ids = self._optional(name).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
-        return ()
-
     def _special(self, name: str) -> str:
-        token = self._config.get(name) or ""
-        return token["content"] if isinstance(token, dict) else token
+        token = self._config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        return text if isinstance(text, str) else ""
 
     def _template(self) -> str:
         path = self._folder / "chat_template.jinja"
@@ -76,7 +70,7 @@ class Tokenizer:
                 bos_token=self._special("bos_token"),
                 eos_token=self._special("eos_token"),
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the checkpoint's author and may fail in any way
             raise BadInput(f"{self._folder}: the chat template refuses the messages: {error}.") from None
         return self.encode(text)
 

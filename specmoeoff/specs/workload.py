@@ -1,10 +1,13 @@
 """What the requests look like and how they behave on a model: lengths, acceptance, expert popularity."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from specmoeoff.specs.base import FileSpec, Spec
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Lengths(Spec):
@@ -19,7 +22,7 @@ class Lengths(Spec):
 class Acceptance(Spec):
     """conditional[i]: share of rounds in which draft token i+1 was accepted, among those in which token i was."""
 
-    conditional: tuple[float, ...]
+    conditional: tuple[Share, ...]
     n_rounds: int
     provenance: str
 
@@ -42,15 +45,23 @@ class Workload(FileSpec):
     model_name: str
     model_fingerprint: str
     draft_fingerprint: str | None = None
+    prompts_sha256: str | None = None
     n_requests: int
     prompt_tokens: Lengths
     output_tokens: Lengths
     acceptance: dict[str, Acceptance]
-    popularity: tuple[tuple[float, ...], ...] = Field(
+    popularity: tuple[tuple[Share, ...], ...] = Field(
         description="per layer and expert: share of tokens that choose it; a layer sums to n_active"
     )
-    union_exponent: float = Field(
+    union_exponent: Share = Field(
         description="consecutive tokens share experts: w of them count as w**union_exponent independent ones"
     )
     union: tuple[UnionPoint, ...]
     n_tokens_measured: int
+
+    @field_validator("popularity")
+    @classmethod
+    def _equally_long(cls, popularity: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        if len({len(layer) for layer in popularity}) != 1:
+            raise PydanticCustomError("layers", "every layer must list the same experts; measure the workload anew")
+        return popularity

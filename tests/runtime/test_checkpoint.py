@@ -135,6 +135,23 @@ def test_a_cached_fingerprint_is_taken_while_nothing_changed(llama: Path, monkey
         ({"head_dim": 512}, "head_dim 512 exceeds"),
         ({"rms_norm_eps": "small"}, "rms_eps"),
         ({"rope_parameters": 3}, "wrong type"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": 3}, "wrong type"),
+        ({"rope_scaling": "linear"}, "wrong type"),
+        ({"quantization_config": 5}, "wrong type"),
+        ({"sliding_window": "long"}, "wrong type"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
+        ({"architectures": {}}, "architecture none is not supported"),
+        ({"architectures": {"a": 1}}, "is not supported"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+        ({"architectures": [None]}, "architecture None is not supported"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"vocab_size": [96]}, r"vocab_size is \[96\]"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_attention_heads": 1000, "head_dim": None}, "head_dim is 0"),
+        ({"rope_parameters": None, "rope_theta": {}}, "rope_theta"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta is negative"),
+        ({"tie_word_embeddings": "perhaps"}, "tie_embeddings"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 experts are more than a model has"),
         ({"intermediate_size": 192}, r"mlp.* has shape \(128, 64\), config.json asks for \(192, 64\)"),
         ({"num_hidden_layers": 4}, r"model\.layers\.3\..* is missing"),
         ({"num_hidden_layers": 2}, r"model\.layers\.2\..* is no part of a plain llama model"),
@@ -212,7 +229,29 @@ def test_weights_that_are_not_safetensors_are_refused(llama: Path) -> None:
         read_model_spec(llama)
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("eos", ["x", {}, [[2]], [{}], 2.5])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_of_another_type_get_a_sentence(llama: Path, name: str, eos: object) -> None:
+    path = llama / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
+    if name == "config.json":
+        (llama / "generation_config.json").unlink()
+    with pytest.raises(BadInput, match="eos_token_ids"):
+        read_model_spec(llama)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"shape": [float("inf")]}, {"shape": 5}, {"data_offsets": [0, 1.5]}, {"data_offsets": ["0", "2"]}]
+)
+def test_a_header_of_wrong_types_gets_a_sentence(llama: Path, entry: dict[str, Any]) -> None:
+    good = {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}
+    header = json.dumps({"x": good | entry}).encode()
+    (llama / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
+    with pytest.raises(BadInput, match="its header is unreadable"):
+        read_model_spec(llama)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, '{"vocab_size": ' + "9" * 5000 + "}"])
 def test_a_config_that_is_no_object_is_refused(llama: Path, text: str) -> None:
     (llama / "config.json").write_text(text)
     with pytest.raises(BadInput, match=r"config\.json: "):
@@ -239,3 +278,6 @@ def test_a_file_or_an_unknown_name_is_refused(tmp_path: Path) -> None:
         resolve_model(path)
     with pytest.raises(BadInput, match="no such folder"):
         resolve_model("nothing")
+    for name in ("~nouser-of-this-name/model", "x" * 300):
+        with pytest.raises(BadInput, match=f"model {name}: .*give a checkpoint folder"):
+            resolve_model(name)

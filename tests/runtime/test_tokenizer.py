@@ -65,12 +65,6 @@ def test_text_survives_the_way_there_and_back(folder: Path) -> None:
     assert tokenizer.decode([1, *tokenizer.encode(text), 0]) == text
 
 
-def test_end_tokens_come_from_the_generation_config_first(folder: Path) -> None:
-    assert Tokenizer(folder).eos_ids == (0,)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
-    assert Tokenizer(folder).eos_ids == (0, 1)
-
-
 def test_a_refusal_of_the_template_is_bad_input(folder: Path) -> None:
     with pytest.raises(BadInput, match="refuses the messages: unknown role tool"):
         Tokenizer(folder).encode_chat([{"role": "tool", "content": "x"}])
@@ -80,6 +74,27 @@ def test_a_template_cannot_reach_python(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(BadInput, match="chat template"):
         Tokenizer(folder).encode_chat(CHAT)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ messages[0]['content'] + 1 }}", "{% for %}"])
+def test_a_template_that_fails_is_bad_input(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadInput, match="chat template"):
+        Tokenizer(folder).encode_chat(CHAT)
+
+
+def test_a_special_token_of_another_form_is_empty(folder: Path) -> None:
+    config = {"eos_token": {"text": "x"}, "bos_token": 5, "chat_template": "{{ bos_token }}{{ eos_token }}!"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode_chat(CHAT)) == "!"
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, '{"a": ' + "9" * 5000 + "}"])
+def test_a_configuration_that_is_not_json_is_named(folder: Path, text: str) -> None:
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(BadInput, match=r"tokenizer_config\.json: not valid JSON"):
+        Tokenizer(folder)
 
 
 def test_a_model_without_template_is_named(folder: Path) -> None:

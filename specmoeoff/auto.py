@@ -23,6 +23,7 @@ from specmoeoff.specs.record import RunRecord
 from specmoeoff.specs.workload import Workload
 
 N_REQUESTS = 16
+DEMO_BATCH = 16
 KINDS = {1: AnswerIsNo, 3: MissingCapability}
 
 
@@ -102,7 +103,9 @@ def run_all(model: str, prompts: Path, folder: Path, disk_limit_gb_per_s: float 
     observed_longest = min(known.prompt_tokens.max + known.output_tokens.max, spec.max_positions)
     context = ["--context", str(max(longest, observed_longest))]
     cap = ["--disk-limit-gb-per-s", str(disk_limit_gb_per_s)] if disk_limit_gb_per_s else []
-    _stage("tune", "--profile", profile, "--model", model, "--workload", workload, "-o", plan, *context, *cap)
+    batch = ["--batch", str(DEMO_BATCH)] if model == "demo" else []
+    settings = [*batch, *context, *cap]
+    _stage("tune", "--profile", profile, "--model", model, "--workload", workload, "-o", plan, *settings)
     # What an earlier plan led to is no longer true, and would be taken for this one's if a stage below failed.
     _remove([answers, answers.with_name(answers.name + ".partial"), run_record, trace, record, html])
     lines = [line for line in text.split("\n") if line.strip()]
@@ -140,10 +143,12 @@ def _summary(plan: Plan, record: RunRecord, html: Path, seconds: float) -> None:
             f" (limit {s.limit:.2f}x: {s.limit_reason})"
         )
     print(f"lossless: {'yes' if record.lossless else 'NO'}")
+    stored = {c.name: c.error for c in record.comparisons if c.provenance == "predicted, stored profile"}
     for c in record.comparisons:
         if c.limit is not None:
             print(
-                f"{c.name}: predicted {c.predicted * 1e3:.1f} ms, measured {c.measured * 1e3:.1f} ms ({c.error:+.1%})"
+                f"{c.name}: predicted {c.predicted * 1e3:.1f} ms, measured {c.measured * 1e3:.1f} ms ({c.error:+.1%}; "
+                f"from the stored profile {stored[c.name]:+.1%})"
             )
     for check in record.checks:
         if not check.passed:

@@ -282,9 +282,9 @@ def _demo_prompts(model: str) -> Path:
 
 @app.command()
 def tune(
-    profile: Annotated[Path, typer.Option("--profile", help="Hardware profile.")],
+    profile: Annotated[str, typer.Option("--profile", help="Hardware profile: a file, or a shipped name.")],
     model: Model,
-    workload: Annotated[Path, typer.Option("--workload", help="Workload of this model.")],
+    workload: Annotated[str, typer.Option("--workload", help="Workload of this model: a file, or a shipped name.")],
     output: Output = Path("plan.toml"),
     fast_memory: Annotated[
         str | None, typer.Option("--fast-memory", help="For experts and stream buffers; default: a quarter of them.")
@@ -292,7 +292,9 @@ def tune(
     host_memory: Annotated[
         str | None, typer.Option("--host-memory", help="For all else; default: what is free.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Live requests.", min=1, max=256)] = 16,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Live requests; default: the best number.", min=1, max=256)
+    ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.", min=1)
     ] = None,
@@ -306,7 +308,8 @@ def tune(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose draft length, placement, prefetch, micro-batches and threads."""
+    """Choose draft length, batch, placement, prefetch, micro-batches and threads."""
+    from specmoeoff.profiles import find
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import default_draft, model_folder
     from specmoeoff.runtime.process import available_bytes
@@ -315,11 +318,12 @@ def tune(
     from specmoeoff.tuner.tune import TuneRequest
     from specmoeoff.tuner.tune import tune as find_plan
 
-    _check_files({"--output": output}, {"--profile": profile, "--workload": workload})
+    profile_file, workload_file = find("machines", profile), find("workloads", workload)
+    _check_files({"--output": output}, {"--profile": profile_file, "--workload": workload_file})
     _check_disk_limit(disk_limit_gb_per_s)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
-    machine_profile, behaviour = HardwareProfile.load(profile), Workload.load(workload)
+    machine_profile, behaviour = HardwareProfile.load(profile_file), Workload.load(workload_file)
     folder, source = model_folder(model), default_draft(model)
     with progress("tuning", as_json) as bar:
         request = TuneRequest(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
+import numpy as np
+
 from specmoeoff.errors import BadInput
 from specmoeoff.roofline.probes.disk import Reader
 from specmoeoff.roofline.probes.operators import Bench, Pass
@@ -11,7 +13,7 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
 FEW_ROWS, MANY_ROWS = 4, 64  # bound by memory, and by arithmetic
-DISK_S, PASS_S = 0.06, {FEW_ROWS: 0.012, MANY_ROWS: 0.03}
+DISK_S, PASS_S = 0.05, {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
 OPERATORS = ("attention_block", "expert", "experts")
 
 
@@ -54,8 +56,9 @@ class Recalibrator:
 
     def slice(self) -> Slice:
         """Measure now."""
-        disk = self._reader.read(DISK_S) / 1e9
-        found = Slice(disk, *(self._scale(rows) for rows in (FEW_ROWS, MANY_ROWS)))
+        # Compute first: cores that waited for the disk are slow to come back.
+        few, many = (self._scale(rows) for rows in (FEW_ROWS, MANY_ROWS))
+        found = Slice(self._reader.read(DISK_S) / 1e9, few, many)
         self.slices.append(found)
         return found
 
@@ -63,5 +66,7 @@ class Recalibrator:
         samples = self._passes[rows].layers(PASS_S[rows])
         ratios = []
         for name, table in self._stored.items():
-            ratios.append(median(samples[name]) / table.seconds[table.grid[0].index(rows)])
+            # The first layers run on cold caches; of the rest the lower quartile: bursts lengthen some, nothing shortens one.
+            settled = np.percentile(samples[name][2:] or samples[name], 25)
+            ratios.append(float(settled) / table.seconds[table.grid[0].index(rows)])
         return median(ratios)

@@ -185,7 +185,7 @@ def doctor(as_json: Json = False) -> None:
 def profile(
     output: Output = Path("profile.json"),
     model: Annotated[list[str] | None, typer.Option("--model", help="Also measure this model's operators.")] = None,
-    budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.")] = 40.0,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.")] = 60.0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
     ] = False,

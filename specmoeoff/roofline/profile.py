@@ -98,7 +98,7 @@ def _quality(memory: Sequence[Roof], pressure: float | None) -> list[str]:
 
 def measure_profile(
     models: Sequence[ModelSpec],
-    budget_s: float = 40.0,
+    budget_s: float = 60.0,
     disk_file: Path | None = None,
     progress: Progress = lambda what, share: None,
     strict: bool = False,

@@ -1,37 +1,27 @@
 """The disk's and the compute's speed of the moment, in slices of a tenth of a second beside what is judged."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
-
-import numpy as np
+from statistics import median
 
 from specmoeoff.errors import BadInput
 from specmoeoff.roofline.probes.disk import Reader
 from specmoeoff.roofline.probes.operators import Bench, Pass
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.record import Slice
 
 FEW_ROWS, MANY_ROWS = 4, 64  # bound by memory, and by arithmetic
 DISK_S, PASS_S = 0.05, {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
 OPERATORS = ("attention_block", "expert", "experts")
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Disk uncapped in GB/s; operator times over the profile's, for few rows (memory) and many (arithmetic)."""
-
-    disk_gb_per_s: float
-    memory_scale: float
-    compute_scale: float
-
-
-def mean_of(slices: list[Slice]) -> Slice:
-    """Of the slices before and after something."""
+def typical(slices: Sequence[Slice]) -> Slice:
+    """The median of each: bursts of other guests of the machine lengthen some slices, nothing shortens one."""
     return Slice(
-        fmean(s.disk_gb_per_s for s in slices),
-        fmean(s.memory_scale for s in slices),
-        fmean(s.compute_scale for s in slices),
+        disk_gb_per_s=median(s.disk_gb_per_s for s in slices),
+        memory_scale=median(s.memory_scale for s in slices),
+        compute_scale=median(s.compute_scale for s in slices),
     )
 
 
@@ -58,7 +48,7 @@ class Recalibrator:
         """Measure now."""
         # Compute first: cores that waited for the disk are slow to come back.
         few, many = (self._scale(rows) for rows in (FEW_ROWS, MANY_ROWS))
-        found = Slice(self._reader.read(DISK_S) / 1e9, few, many)
+        found = Slice(disk_gb_per_s=self._reader.read(DISK_S) / 1e9, memory_scale=few, compute_scale=many)
         self.slices.append(found)
         return found
 
@@ -66,7 +56,7 @@ class Recalibrator:
         samples = self._passes[rows].layers(PASS_S[rows])
         ratios = []
         for name, table in self._stored.items():
-            # The first layers run on cold caches; of the rest the lower quartile: bursts lengthen some, nothing shortens one.
-            settled = np.percentile(samples[name][2:] or samples[name], 25)
-            ratios.append(float(settled) / table.seconds[table.grid[0].index(rows)])
+            # The first layers run on cold caches.
+            settled = median(samples[name][2:] or samples[name])
+            ratios.append(settled / table.seconds[table.grid[0].index(rows)])
         return median(ratios)

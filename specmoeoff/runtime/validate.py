@@ -15,7 +15,7 @@ from specmoeoff.estimate.predict import Forecast, forecast
 from specmoeoff.files import sha256_text
 from specmoeoff.pipeline import Node
 from specmoeoff.roofline.profile import machine
-from specmoeoff.roofline.recalibrate import Recalibrator, Slice, mean_of
+from specmoeoff.roofline.recalibrate import Recalibrator, typical
 from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
@@ -30,6 +30,7 @@ from specmoeoff.specs.record import (
     Comparison,
     Pair,
     RunRecord,
+    Slice,
     SpeedUp,
     SweepPoint,
     TimelineEvent,
@@ -49,7 +50,7 @@ class Options:
     n_pairs: int = 6
     block_windows: int = 10
     uncapped_block_windows: int = 5
-    resident_pairs: int = 3
+    resident_block_windows: int = 3
     sweep_windows: int = 2
     accept: Callable[[list[int], list[int]], int] = accept
     progress: Callable[[str, float], None] = field(default=lambda what, share: None)
@@ -57,11 +58,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Block:
-    """Windows of one plan run one after the other, the timeline of the last, and the machine's speed around them."""
+    """Windows of one plan run one after the other, the timeline of the last, and the machine's speed before and after."""
 
     windows: list[Window]
     timeline: tuple[TimelineEvent, ...]
-    speed: Slice
+    speed: tuple[Slice, Slice]
 
 
 Blocks = dict[str, list[Block]]
@@ -131,6 +132,7 @@ class Validator:
             checks=tuple(self.checks),
             comparisons=tuple(self.comparisons),
             speed_ups=tuple(self.speed_ups),
+            recalibration=tuple(self.recalibrator.slices if self.recalibrator else ()),
             sweep=tuple(self.sweep),
             timeline_measured=self.measured_events,
             timeline_predicted=self.predicted_events,
@@ -204,8 +206,9 @@ class Validator:
             if everything is not None:
                 self._warm(engine, 0)
                 blocks: Blocks = {name: [] for name in parts}
-                for i in range(self.options.resident_pairs):
-                    self._pair(engine, parts, blocks, i, "all experts resident", self.options.uncapped_block_windows)
+                for i in range(self.options.n_pairs):
+                    self.options.progress("all experts resident", i / self.options.n_pairs)
+                    self._pair(engine, parts, blocks, i, "all experts resident", self.options.resident_block_windows)
                 for name, part in parts.items():
                     self._compare_windows(f"{name} window, all experts resident", part, blocks[name], None)
 
@@ -288,7 +291,7 @@ class Validator:
             timeline = _events(engine)
             engine.pause()
             after = self.recalibrator.slice()
-            into[name].append(Block(windows, timeline, mean_of([before, after])))
+            into[name].append(Block(windows, timeline, (before, after)))
             before = after
 
     def _block(self, engine: Engine, part: PlainPlan, label: str, n_windows: int) -> list[Window]:
@@ -325,40 +328,40 @@ class Validator:
         detail = f"{len(plain) - len(different)} of {len(plain)} requests, {n_tokens} tokens equal to plain decoding"
         self._check("lossless", not different, detail, cause)
 
-    def _forecast(self, part: PlainPlan, block: Block, limit: float | None, recalibrated: bool) -> Forecast:
+    def _forecast(self, part: PlainPlan, blocks: list[Block], limit: float | None, recalibrated: bool) -> Forecast:
+        """Of the blocks' windows, at the profile's speeds or at those measured around the blocks."""
         calibration = None
         if recalibrated:
-            calibration = Calibration(block.speed.disk_gb_per_s, block.speed.memory_scale, block.speed.compute_scale)
+            speed = typical([one for b in blocks for one in b.speed])
+            calibration = Calibration(speed.disk_gb_per_s, speed.memory_scale, speed.compute_scale)
         prices = Prices(self.profile, self.spec, self.draft_spec, part.threads.compute, limit, calibration)
-        contexts = [int(fmean(w.mean_context for w in block.windows))] * block.windows[0].live
+        windows = [w for b in blocks for w in b.windows]
+        contexts = [int(fmean(w.mean_context for w in windows))] * windows[0].live
         return forecast(self.spec, self.workload, part.decode, part.experts, prices, contexts)
 
     def _compare_windows(self, name: str, part: PlainPlan, blocks: list[Block], limit: float | None) -> None:
-        """Predicted against measured window time, recalibrated (judged) and from the stored profile (told): medians of
-        blocks, each with the machine's speed just before and after it."""
-        times = [median(w.duration_s for w in b.windows) for b in blocks]
-        measured, ratios, bound = median(times), {}, ""
+        """Predicted against measured window time, recalibrated (judged) and from the stored profile (told)."""
+        measured = median(w.duration_s for b in blocks for w in b.windows)
+        errors, bound = [], ""
         for recalibrated in (True, False):
-            forecasts = [self._forecast(part, b, limit, recalibrated).prediction for b in blocks]
-            ratio = median(f.window_s / t for f, t in zip(forecasts, times, strict=True))
-            ratios[recalibrated] = ratio - 1
-            bound = bound or forecasts[0].bound
-            self.comparisons.append(
-                Comparison(
-                    name=name,
-                    predicted=ratio * measured,
-                    measured=measured,
-                    unit="s",
-                    provenance=f"predicted, {'recalibrated' if recalibrated else 'stored profile'}",
-                    limit=WINDOW_ERROR if recalibrated else None,
-                )
+            found = self._forecast(part, blocks, limit, recalibrated).prediction
+            bound = bound or found.bound
+            comparison = Comparison(
+                name=name,
+                predicted=found.window_s,
+                measured=measured,
+                unit="s",
+                provenance=f"predicted, {'recalibrated' if recalibrated else 'stored profile'}",
+                limit=WINDOW_ERROR if recalibrated else None,
             )
-        error = ratios[True]
+            self.comparisons.append(comparison)
+            errors.append(comparison.error)
+        error, stored = errors
         self._check(
             f"prediction: {name}",
             abs(error) <= WINDOW_ERROR,
             f"predicted {(1 + error) * measured * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({error:+.1%}), "
-            f"stored profile {ratios[False]:+.1%}, {bound}-bound",
+            f"stored profile {stored:+.1%}, {bound}-bound",
             f"{name}: the prediction is {error:+.0%} off on the {bound} lane: profile the machine again",
         )
 
@@ -389,7 +392,7 @@ class Validator:
             typical = median(b.windows[-1].duration_s for b in blocks["tuned"])
             shown = min(blocks["tuned"], key=lambda b: abs(b.windows[-1].duration_s - typical))
             self.measured_events = shown.timeline
-            self.predicted_events = _predicted_events(self._forecast(self.tuned, shown, limit, recalibrated=True))
+            self.predicted_events = _predicted_events(self._forecast(self.tuned, [shown], limit, recalibrated=True))
             self._plain_near_bound([w for b in blocks["plain"] for w in b.windows], disks["plain"])
 
     def _bound(self, blocks: Blocks, limit: float | None) -> tuple[float, str]:

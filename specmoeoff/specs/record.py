@@ -71,6 +71,15 @@ class Check(Spec):
     cause: str = ""
 
 
+class Slice(Spec):
+    """The machine's speed of a moment: disk uncapped; operator times over the profile's, for few rows (memory) and many
+    (arithmetic)."""
+
+    disk_gb_per_s: float
+    memory_scale: float
+    compute_scale: float
+
+
 class SweepPoint(Spec):
     """Measured throughput at one draft length."""
 
@@ -114,6 +123,7 @@ class RunRecord(FileSpec):
     checks: tuple[Check, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     speed_ups: tuple[SpeedUp, ...] = ()
+    recalibration: tuple[Slice, ...] = ()
     sweep: tuple[SweepPoint, ...] = ()
     timeline_measured: tuple[TimelineEvent, ...] = ()
     timeline_predicted: tuple[TimelineEvent, ...] = ()

@@ -24,7 +24,7 @@ from specmoeoff.specs.record import Check, RunRecord
 from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.tune import TuneRequest, tune
 
-FEW = Options(n_pairs=2, block_windows=2, uncapped_block_windows=2, resident_pairs=1, sweep_windows=1)
+FEW = Options(n_pairs=2, block_windows=2, uncapped_block_windows=2, resident_block_windows=2, sweep_windows=1)
 
 
 @dataclass(frozen=True)

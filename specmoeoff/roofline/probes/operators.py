@@ -81,7 +81,7 @@ class Bench:
         self._head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden))
         heads, dim = spec.n_kv_heads, spec.head_dim
         page_bytes = heads * dim * PAGE_TOKENS * 2
-        most = max(n * (c // PAGE_TOKENS + 2) for n, c in ((_n_requests(c), c) for c in self.contexts))
+        most = max(_n_requests(c) * (c // PAGE_TOKENS + 2) for c in self.contexts)
         of_dense = n_layers * REQUESTS * (ROWS[-1] // REQUESTS // PAGE_TOKENS + 1)
         self._n_pages = max(most, of_dense, COLD_BYTES // 2 // page_bytes)
         pages = [self._weights(self._n_pages * page_bytes).view(np.uint16) for _ in range(2)]
@@ -157,18 +157,20 @@ class Bench:
 
         return work
 
-    def dense_pass(self, counts: Sequence[int]) -> tuple[Callable[[], None], int]:
-        """Some layers of a dense model in one call, and how many they are."""
-        n_layers = len(self.layers) if sum(counts) <= 64 else min(LAYERS_OF_LARGE_PASS, len(self.layers))
+    def dense_pass(self, counts: Sequence[int], context: int = 0) -> tuple[Callable[[], None], int]:
+        """Some layers of a dense model in one call, and how many they are; requests as in attention_block."""
+        each = (context + max(counts)) // PAGE_TOKENS + 1
+        most = len(self.layers) if sum(counts) <= 32 else LAYERS_OF_LARGE_PASS
+        n_layers = min(most, len(self.layers), self._n_pages // (len(counts) * each))
         stack = DenseStack(self.layers[:n_layers], self.experts[:n_layers])
-        n_pages, each = self._n_pages // n_layers, max(counts) // PAGE_TOKENS + 1
+        n_pages = self._n_pages // n_layers
         keys, values = (
             pages[: n_layers * n_pages].reshape(n_layers, n_pages, *pages.shape[1:])
             for pages in (self._k_pages, self._v_pages)
         )
         table = np.arange(len(counts) * each, dtype=np.int32).reshape(-1, each)
         row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        batch = Batch(row_start, np.zeros(len(counts), np.int32), table)
+        batch = Batch(row_start, np.full(len(counts), context, np.int32), table)
         x, *outputs = self._rows(counts)
         expert_out = np.zeros_like(x)
 
@@ -177,6 +179,23 @@ class Bench:
             self.kernels.dense_pass(stack, batch, x, keys, values, *outputs, expert_out)
 
         return work, n_layers
+
+    def over_context(self, tokens: int, context: int) -> Callable[[], float]:
+        """Measures what a context adds to one request's `tokens` new tokens in one layer, in the call the runtime makes."""
+        counts = [tokens] * _n_requests(context)
+        if self.spec.n_experts == 1:
+            (long, n_long), (short, n_short) = self.dense_pass(counts, context), self.dense_pass(counts)
+            repeats = 1
+        else:
+            long, short = self.attention_block(counts, context), self.attention_block(counts)
+            n_long, n_short, repeats = 1, 1, 3
+
+        def measure() -> float:
+            pairs = [(after_a_gap(long) / n_long, after_a_gap(short) / n_short) for _ in range(repeats)]
+            beyond = np.median([pair[0] for pair in pairs]) - np.median([pair[1] for pair in pairs])
+            return max(0.0, float(beyond)) / len(counts)
+
+        return measure
 
 
 def spread(rows: int) -> list[int]:
@@ -233,16 +252,7 @@ def measure_operators(spec: ModelSpec, n_threads: int, budget_s: float, rounds: 
     """The tables of one model and thread count. Sizes take turns, so that a change of speed hits all alike."""
     bench = Bench(spec, n_threads)
     passes = {rows: Pass(bench, rows) for rows in ROWS}
-    attention = {
-        (tokens, context): bench.attention_block([tokens] * _n_requests(context), context)
-        for tokens in TOKENS
-        for context in bench.contexts
-    }
-    base = {
-        (tokens, n): bench.attention_block([tokens] * n)
-        for tokens in TOKENS
-        for n in {*map(_n_requests, bench.contexts)}
-    }
+    over_context = {(t, c): bench.over_context(t, c) for t in TOKENS for c in bench.contexts}
     samples: dict[Key, list[float]] = {}
     for one in passes.values():
         one.layers(0.0)
@@ -251,18 +261,10 @@ def measure_operators(spec: ModelSpec, n_threads: int, budget_s: float, rounds: 
         for rows, one in passes.items():
             for name, found in one.run().items():
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
-        for tokens in TOKENS:
-            floor = {n: _typical(work) for (t, n), work in base.items() if t == tokens}
-            for context in bench.contexts:
-                n = _n_requests(context)
-                beyond = max(0.0, _typical(attention[tokens, context]) - floor[n]) / n
-                samples.setdefault(("attention", tokens, context), []).append(beyond)
+        for (tokens, context), measure in over_context.items():
+            samples.setdefault(("attention", tokens, context), []).append(measure())
         n_rounds += 1
     return _tables(bench, samples, n_rounds)
-
-
-def _typical(work: Callable[[], None]) -> float:
-    return float(np.median([after_a_gap(work) for _ in range(3)]))
 
 
 def _tables(bench: Bench, samples: dict[Key, list[float]], n_rounds: int) -> list[OperatorTable]:

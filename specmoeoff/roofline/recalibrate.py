@@ -5,14 +5,14 @@ from pathlib import Path
 from statistics import median
 
 from specmoeoff.errors import BadInput
-from specmoeoff.roofline.probes.disk import Reader
+from specmoeoff.roofline.probes.disk import SAMPLE_S, Reader
 from specmoeoff.roofline.probes.operators import Bench, Pass
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import Slice
 
 FEW_ROWS, MANY_ROWS = 4, 64  # bound by memory, and by arithmetic
-DISK_S, PASS_S = 0.05, {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
+PASS_S = {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
 OPERATORS = ("attention_block", "expert", "experts")
 
 
@@ -48,7 +48,7 @@ class Recalibrator:
         """Measure now."""
         # Compute first: cores that waited for the disk are slow to come back.
         few, many = (self._scale(rows) for rows in (FEW_ROWS, MANY_ROWS))
-        found = Slice(disk_gb_per_s=self._reader.read(DISK_S) / 1e9, memory_scale=few, compute_scale=many)
+        found = Slice(disk_gb_per_s=self._reader.read(SAMPLE_S) / 1e9, memory_scale=few, compute_scale=many)
         self.slices.append(found)
         return found
 

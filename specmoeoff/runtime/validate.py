@@ -38,7 +38,7 @@ from specmoeoff.specs.record import (
 )
 from specmoeoff.specs.workload import Workload
 
-WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.15, 0.10, 0.02
+WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.20, 0.10, 0.02
 LOSSLESS_TOKENS = 64
 SWEEP_LENGTHS = (1, 2, 4, 8)
 
@@ -48,8 +48,8 @@ class Options:
     """How long to look. Windows per block exclude the first, which fills the pipeline."""
 
     n_pairs: int = 6
-    block_windows: int = 10
-    uncapped_block_windows: int = 5
+    block_windows: int = 9
+    uncapped_block_windows: int = 4
     resident_block_windows: int = 3
     sweep_windows: int = 2
     accept: Callable[[list[int], list[int]], int] = accept

@@ -20,6 +20,7 @@ KIB, MIB = 1 << 10, 1 << 20
 CHUNKS = (256 * KIB, MIB, 4 * MIB)
 READERS = (1, 2, 4)
 TEST_BYTES = 512 * MIB
+SAMPLE_S = 0.05  # as long as a slice of recalibration: what is compared is measured alike
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def measure_disk(path: Path | None, budget_s: float) -> DiskLink:
         rates = {key: [reader.read(share_s) for _ in range(2)] for key, reader in trials.items()}
         best = max(rates, key=lambda key: float(np.median(rates[key])))
         reader = trials[best]
-        samples = [reader.read(0.2) / 1e9 for _ in range(max(8, int(budget_s * 0.55 / 0.2)))]
+        samples = [reader.read(SAMPLE_S) / 1e9 for _ in range(max(8, int(budget_s * 0.55 / SAMPLE_S)))]
         latency, bandwidth, error = _fit(file, best[1])
     return DiskLink(
         read_gb_per_s=measurement(samples, "GB/s", "median", f"{bandwidth / 1e9:.2f} GB/s from the fit of one request"),

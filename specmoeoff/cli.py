@@ -483,7 +483,9 @@ def validate(
         Path | None, typer.Option("--workload", help="Default: the one the plan was made from.")
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Pairs of plain and tuned blocks.", min=2)] = 6,
-    windows: Annotated[int, typer.Option("--windows", help="Windows of a block, after the first, which fills the pipeline.", min=2)] = 9,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Windows of a block, after the first, which fills the pipeline.", min=2)
+    ] = 9,
     requests: Annotated[int, typer.Option("--requests", help="Requests compared with plain decoding.", min=1)] = 32,
     as_json: Json = False,
 ) -> None:

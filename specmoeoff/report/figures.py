@@ -209,7 +209,7 @@ def _draw_points(axis: "Axes", points: pd.DataFrame) -> None:
     operators = points[points["provenance"] == "measured here"]
     axis.scatter(operators["flops_per_byte"], operators["gflop_per_s"], s=14, color="#999999", zorder=3)
     windows = points[points["provenance"] == "predicted"]
-    offsets = {("MoE", "disk"): (8, -12), ("MoE", "DRAM"): (9, -11), ("att", "DRAM"): (10, -12)}
+    below, above = (9, -12), (4, 8)
     for key, group in windows.groupby(windows["name"].str[:3] + "|" + windows["level"], sort=False):
         kind, level = str(key).split("|")
         xs, ys = list(group["flops_per_byte"]), list(group["gflop_per_s"])
@@ -227,15 +227,14 @@ def _draw_points(axis: "Axes", points: pd.DataFrame) -> None:
             axis.scatter(
                 [x], [y], s=40 + 160 * share, marker=marker, color=AFTER if i else BEFORE, edgecolor="white", zorder=5
             )
-            dx, dy = offsets[kind, level]
             axis.annotate(
                 f"{group['name'].iloc[i]} ({level})",
                 (x, y),
-                xytext=(dx, dy),
+                xytext=above if i and level == "DRAM" else below,
                 textcoords="offset points",
                 fontsize=8,
-                ha="left" if dx > 0 else "right",
-                zorder=6,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                zorder=4.5,
             )
 
 

@@ -148,7 +148,7 @@ def _summary(plan: Plan, record: RunRecord, html: Path, seconds: float) -> None:
         if c.limit is not None:
             print(
                 f"{c.name}: predicted {c.predicted * 1e3:.1f} ms, measured {c.measured * 1e3:.1f} ms ({c.error:+.1%}; "
-                f"from the stored profile {stored[c.name]:+.1%})"
+                f"from the stored profile {stored.get(c.name, float('nan')):+.1%})"
             )
     for check in record.checks:
         if not check.passed:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from specmoeoff import __version__
-from specmoeoff.errors import AnswerIsNo, BadInput, SpecMoEOffError
+from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, SpecMoEOffError
 
 if TYPE_CHECKING:
     from specmoeoff.specs.plan import Plan
@@ -504,10 +504,8 @@ def validate(
     with progress("opening the model", as_json) as bar:
         try:
             opened = open_plan(plan, bar.count)
-        except BadInput as error:
-            if "another model" in str(error):
-                raise AnswerIsNo(f"plan of another model: {error}") from None
-            raise
+        except AnotherModel as error:
+            raise AnswerIsNo(f"plan of another model: {error}") from None
         todo = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
         options = Options(
             n_pairs=pairs, block_windows=windows, uncapped_block_windows=max(2, windows // 2), progress=bar

@@ -19,6 +19,10 @@ class BadInput(SpecMoEOffError):
     exit_code = 2
 
 
+class AnotherModel(BadInput):
+    """A plan meets a model it was not made for."""
+
+
 class MissingCapability(SpecMoEOffError):
     """The machine or the installation lacks something; the message names the remedy."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from specmoeoff.errors import BadInput, MissingCapability
+from specmoeoff.errors import AnotherModel, BadInput, MissingCapability
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
 from specmoeoff.runtime.pack import PackedModel, pack_model
@@ -91,7 +91,7 @@ def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
 def _same_model(fingerprint: str, folder: Path, name: str) -> ModelSpec:
     found = read_model_spec(folder)
     if found.fingerprint != fingerprint:
-        raise BadInput(
+        raise AnotherModel(
             f"{folder}: the plan was made for another model ({name}, fingerprint {fingerprint[:12]}; this one has "
             f"{found.fingerprint[:12]}); make a plan for this model with `specmoeoff tune`."
         )

@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from specmoeoff.errors import BadInput
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.sequence import Request
@@ -15,9 +16,17 @@ def decode_rate(plan: Plan, opened: Opened, n_windows: int = 6) -> float:
     decode, limit = plan.decode, plan.limits.disk_limit_gb_per_s
     with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, limit) as engine:
         room = decode.context_tokens - len(prompt)
+        if room < 2:
+            raise BadInput(
+                f"--measure needs a context of at least {len(prompt) + 2} tokens, not {decode.context_tokens}."
+            )
         engine.submit(Request(str(i), prompt, room) for i in range(decode.batch))
         while any(s.prefilling for s in engine.live) or len(engine.live) < decode.batch:
             engine.step("warm-up")
         engine.step("warm-up")
         rates = [(w := engine.step("trial")).tokens / w.duration_s for _ in range(n_windows) if engine.live]
+    if not rates:
+        raise BadInput(
+            f"a context of {decode.context_tokens} tokens ends before one measured window of k = {decode.draft_length}; raise --context."
+        )
     return median(rates)

@@ -9,7 +9,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from specmoeoff.errors import BadInput
-from specmoeoff.files import read_text, write_atomic
+from specmoeoff.files import load_json, read_text, write_atomic
 
 
 class Spec(BaseModel):
@@ -45,8 +45,8 @@ class FileSpec(Spec):
     def parse(cls, text: str, path: Path) -> Self:
         """`load` of a text already read."""
         try:
-            data: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            data: Any = tomllib.loads(text) if path.suffix == ".toml" else load_json(text)
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not a {cls.what}: {error}.") from None
         if not isinstance(data, dict):
             raise BadInput(f"{path}: not a {cls.what}: an object is expected.")

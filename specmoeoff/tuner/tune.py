@@ -76,6 +76,12 @@ class Tuner:
                 f"workload {r.workload.name} was measured on model {r.workload.model_name}, not on {spec.name}; "
                 f"run `specmoeoff workload --model {r.model_source}`."
             )
+        shape = (len(r.workload.popularity), len(r.workload.popularity[0]))
+        if shape != (spec.n_layers, spec.n_experts):
+            raise BadInput(
+                f"workload {r.workload.name}: popularity of {shape[0]} layers x {shape[1]} experts, but {spec.name} has "
+                f"{spec.n_layers} x {spec.n_experts}; run `specmoeoff workload --model {r.model_source}`."
+            )
         self._stride = expert_stride(spec)
         quarter = int(spec.n_all_experts * FAST_SHARE) * self._stride
         self.fast_bytes = quarter if r.fast_memory_bytes is None else r.fast_memory_bytes

@@ -52,3 +52,13 @@ def test_a_workload_written_before_prompts_were_hashed_can_be_read(made_up_workl
     del data["prompts_sha256"]
     (tmp_path / "workload.json").write_text(json.dumps(data))
     assert Workload.load(tmp_path / "workload.json") == made_up_workload
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[" * 100_000, "nested too deeply"), ('{"schema_version": ' + "1" * 5000 + "}", "too many digits"), ("{", "")],
+)
+def test_text_that_is_not_json_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "workload.json").write_text(text)
+    with pytest.raises(BadInput, match=rf"workload\.json: not a workload: .*{words}"):
+        Workload.load(tmp_path / "workload.json")

@@ -182,3 +182,9 @@ def test_a_workload_of_another_model_is_refused(request_: TuneRequest) -> None:
     other = request_.model.model_copy(update={"fingerprint": "another"})
     with pytest.raises(BadInput, match="was measured on model"):
         tune(replace(request_, model=other))
+
+
+def test_a_workload_whose_popularity_is_not_this_models_is_refused(request_: TuneRequest) -> None:
+    edited = request_.workload.model_copy(update={"popularity": request_.workload.popularity[1:]})
+    with pytest.raises(BadInput, match=r"popularity of 29 layers x 8 experts, but .* has 30 x 8"):
+        tune(replace(request_, workload=edited))

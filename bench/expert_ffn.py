@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from specmoeoff.kernels import cpu
+from specmoeoff.kernels.cpu.probes import Move
 from specmoeoff.roofline.profile import machine
 from specmoeoff.roofline.timing import paired_ratios, seconds_of
 
@@ -33,7 +34,7 @@ def main() -> None:
         cpu.pack_expert(*(p.view(torch.uint16).numpy() for p in parts), packed)
         ours.append(packed)
         theirs.append(parts)
-    buffer = cpu.aligned_empty(256 << 20)
+    read = Move("read_ahead", threads, cpu.aligned_empty(256 << 20))
     rows = []
     for m in ROWS:
         x = torch.from_numpy(rng.standard_normal((m, HIDDEN)).astype(np.float32)).bfloat16()
@@ -54,7 +55,7 @@ def main() -> None:
         samples: dict[str, list[float]] = {"ours": [], "torch": [], "read": []}
         for i in range(ROUNDS + 2):
             pair = {"ours": seconds_of(lambda i=i: run_ours(i)), "torch": seconds_of(lambda i=i: run_torch(i + 7))}
-            pair["read"] = seconds_of(lambda: kernels.probe_memory("stream", buffer))
+            pair["read"] = read.run().seconds
             if i >= 2:
                 for name, seconds in pair.items():
                     samples[name].append(seconds)
@@ -71,7 +72,7 @@ def main() -> None:
                 "high": round(high, 2),
                 "gflop_per_s": round(6 * HIDDEN * INTERMEDIATE * m / seconds / 1e9, 1),
                 "weight_gb_per_s": round(n_bytes / seconds / 1e9, 1),
-                "dram_gb_per_s": round(len(buffer) / float(np.median(samples["read"])) / 1e9, 1),
+                "dram_gb_per_s": round(read.n_bytes / float(np.median(samples["read"])) / 1e9, 1),
                 "cpu": machine().cpu,
                 "isa": kernels.isa,
                 "threads": threads,

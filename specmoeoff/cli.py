@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+COMPARED_ROWS = 40
+
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or `demo`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
@@ -189,6 +191,7 @@ def profile(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
     ] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Folder for every sample and result as CSV.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the machine: peaks, memory, disk, and a model's operators."""
@@ -209,15 +212,41 @@ def profile(
     if as_json:
         typer.echo(json.dumps({"profile": str(output), "duration_s": result.duration_s}))
         return
-    rows = [(r.name, str(r.n_threads), f"{r.rate.value:,.1f} {r.rate.unit}") for r in (*result.peaks, *result.memory)]
-    if result.disk:
-        disk = result.disk
-        modes = ", ".join(f"{m:.2f}" for m in disk.modes_gb_per_s)
-        rows.append(("disk read", str(disk.n_readers), f"{disk.read_gb_per_s.value:.2f} GB/s (modes {modes})"))
-    _table(f"{result.machine.cpu}, {result.machine.isa}", rows, ("what", "threads", "rate"))
-    for note in (*result.quality, *(f"{name}: {why}" for name, why in result.waived.items())):
-        typer.echo(f"note: {note}")
+    _show_profile(result)
+    if csv:
+        from specmoeoff.roofline.tables import write_csv
+
+        typer.echo(f"wrote {' and '.join(map(str, write_csv(result, csv)))}")
     typer.echo(f"wrote {output} in {result.duration_s:.0f} s")
+
+
+def _show_profile(profile: "HardwareProfile") -> None:
+    """Roofs by name with a column for every number of threads, then what was noticed and what is missing."""
+    by_name: dict[tuple[str, str], dict[int, str]] = {}
+    for r in (*profile.peaks, *profile.memory):
+        name = r.name if r.device == "cpu" else f"GPU {r.name}"
+        by_name.setdefault((name, r.rate.unit), {})[r.n_threads] = f"{r.rate.value:,.1f}"
+    counts = sorted({n for rates in by_name.values() for n in rates})
+    rows = [(name, unit, *(rates.get(n, "") for n in counts)) for (name, unit), rates in by_name.items()]
+    headers = ("what", "unit", *(f"{n} thread{'s' if n > 1 else ''}" if n else "GPU" for n in counts))
+    _table(f"{profile.machine.cpu}, {profile.machine.isa}", rows, headers)
+    for level, latency in profile.latency_s.items():
+        typer.echo(f"{level} latency: {latency.value * 1e9:.1f} ns")
+    if profile.disk:
+        disk = profile.disk
+        typer.echo(
+            f"disk: {disk.read_gb_per_s.value:.2f} GB/s by {disk.n_readers} readers of {disk.chunk_bytes:,} bytes, "
+            f"latency {disk.latency_s.value * 1e6:.0f} us"
+        )
+    for name, speeds in profile.quality.modes.items():
+        typer.echo(f"note: {name} flips between {' and '.join(f'{s:.1f}' for s in speeds)} GB/s")
+    for note in profile.quality.notes:
+        typer.echo(f"note: {note}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in profile.waived.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        typer.echo(f"not measured: {', '.join(names)}: {reason}")
 
 
 @app.command()
@@ -539,48 +568,86 @@ def _print_validation(result: Any) -> None:
 
 @app.command()
 def report(
-    profile: Annotated[Path, typer.Option("--profile", help="Hardware profile.")],
+    profile: Annotated[str, typer.Option("--profile", help="Hardware profile, or the name of a shipped one.")],
     output: Output = Path("report.html"),
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan.")] = None,
     record: Annotated[list[Path] | None, typer.Option("--record", help="Run records.")] = None,
     workload: Annotated[Path | None, typer.Option("--workload", help="Workload.")] = None,
     points: Annotated[Path | None, typer.Option("--points", help="CSV of more roofline points.")] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Also print a small roofline.")] = False,
     as_json: Json = False,
 ) -> None:
     """One offline HTML file, with every figure as SVG and PNG and every number as CSV beside it."""
+    from specmoeoff.profiles import find
     from specmoeoff.report import write_report
     from specmoeoff.specs.plan import Plan
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.record import RunRecord
     from specmoeoff.specs.workload import Workload
 
-    inputs = {"--profile": profile, "--plan": plan_file, "--workload": workload, "--points": points}
+    profile_file = find("machines", profile)
+    inputs = {"--profile": profile_file, "--plan": plan_file, "--workload": workload, "--points": points}
     _check_files({"--output": output}, {**inputs, **{f"--record {path}": path for path in record or []}})
     plan = Plan.load(plan_file) if plan_file else None
+    machine_profile, model = HardwareProfile.load(profile_file), _model_of(plan) if plan else None
     files = write_report(
         output,
-        HardwareProfile.load(profile),
+        machine_profile,
         plan,
         [RunRecord.load(path) for path in record or []],
-        model=_model_of(plan),
+        model=model,
         workload=Workload.load(workload) if workload else None,
         points_csv=points,
     )
     if as_json:
         typer.echo(json.dumps([str(f) for f in files]))
-    else:
-        typer.echo(f"wrote {output} and {len(files) - 1} files beside it")
+        return
+    if terminal:
+        from specmoeoff.report.terminal import terminal_roofline
+
+        typer.echo(terminal_roofline(machine_profile, plan, model))
+    typer.echo(f"wrote {output} and {len(files) - 1} files beside it")
 
 
-def _model_of(plan: "Plan | None") -> Any:
+def _model_of(plan: "Plan") -> Any:
     """The plan's model where it is at hand; a report does without."""
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import model_folder
 
     try:
-        return read_model_spec(model_folder(plan.model.source)) if plan else None
+        return read_model_spec(model_folder(plan.model.source))
     except SpecMoEOffError:
         return None
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="Hardware profile or run record.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another of the same kind.")],
+    fail_under: Annotated[
+        float | None, typer.Option("--fail-under", help="Exit 1 where a rate of B is below this share of A's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every number two profiles or two run records share, the worst first; above 1, B is better."""
+    from dataclasses import asdict
+    from math import isfinite
+
+    from specmoeoff.compare import compare as compare_files
+
+    _check_range("--fail-under", fail_under, 0.0, 1000.0)
+    rows = compare_files(a, b)
+    if as_json:
+        found = [{**asdict(r), "ratio": r.ratio if isfinite(r.ratio) else None} for r in rows]
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        shown = [(r.name, f"{r.a:,.4g}", f"{r.b:,.4g}", r.unit, f"{r.ratio:.3f}") for r in rows[:COMPARED_ROWS]]
+        _table(f"{b} against {a}", shown, ("what", "A", "B", "unit", "B is better by"))
+        if len(rows) > COMPARED_ROWS:
+            typer.echo(f"and {len(rows) - COMPARED_ROWS} better ones; --json lists all")
+    worse = [f"{r.name} {r.ratio:.3f}" for r in rows if r.is_rate and fail_under and r.ratio < fail_under]
+    if worse:
+        raise AnswerIsNo(f"{b} is below {fail_under:g} of {a}: {'; '.join(worse)}.")
 
 
 @app.command()

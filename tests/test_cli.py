@@ -57,7 +57,7 @@ def test_what_runs_stays_small(module: str) -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("doctor", "profile", "workload", "tune", "run", "validate", "report", "auto"):
+    for command in ("doctor", "profile", "workload", "tune", "run", "validate", "report", "compare", "auto"):
         assert run(command, "--help").returncode == 0
 
 
@@ -156,7 +156,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(plan: Path,
         (tmp_path / ("x" * 300), "cannot write"),
     ):
         refused(run("run", plan, "--input", prompts, "--output", output, cwd=tmp_path), 2, str(output), words)
-    refused(run("report", "--profile", tmp_path / "absent", "-o", ".", cwd=tmp_path), 2, "--output .: is a folder")
+    refused(run("report", "--profile", "a30", "-o", ".", cwd=tmp_path), 2, "--output .: is a folder")
     refused(run("profile", "-o", "/proc/p.json"), 2, "/proc/p.json: cannot write")
     refused(run("tune", "--profile", plan, "--model", "m", "--workload", plan, "-o", tmp_path), 2, "is a folder")
     refused(run("validate", plan, "-o", tmp_path), 2, "is a folder")
@@ -202,7 +202,8 @@ def test_too_little_memory_is_exit_1_with_the_smallest_change(
 ) -> None:
     folder, fingerprint = save_tiny
     made_up_profile.save(tmp_path / "profile.json")
-    made_up_workload.model_copy(update={"model_fingerprint": fingerprint}).save(tmp_path / "workload.json")
+    its = {"model_fingerprint": fingerprint, "popularity": ((0.5,) * 4,) * 2}
+    made_up_workload.model_copy(update=its).save(tmp_path / "workload.json")
     arguments = ("--profile", tmp_path / "profile.json", "--model", folder, "--workload", tmp_path / "workload.json")
     done = run("tune", *arguments, "-o", tmp_path / "plan.toml", "--fast-memory", "1KiB")
     refused(done, 1, "fast memory", "bytes", "smallest change", "--fast-memory")

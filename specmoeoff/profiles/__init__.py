@@ -1,4 +1,4 @@
-"""Shipped facts: machines as they were measured, and workloads. A name stands for its file."""
+"""Shipped facts: machines as measured or as their datasheets state them, and workloads. A name stands for its file."""
 
 from importlib.resources import files
 from pathlib import Path

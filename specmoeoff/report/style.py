@@ -1,10 +1,37 @@
-"""Colours (Okabe and Ito's, safe for the colour-blind) and sizes all figures share."""
+"""What all figures share: colours (Okabe and Ito's, safe for the colour-blind), sizes, and what comes with a figure."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the page tells of a drawn thing when pointed at, and the groups it can be hidden with."""
+
+    tip: str
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its numbers and the sentence it shows. `marks` by id in the SVG."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+    table: "pd.DataFrame"
+    marks: dict[str, Mark] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[str]:
+        """In the order drawn."""
+        return list(dict.fromkeys(g for mark in self.marks.values() for g in mark.groups))
+
 
 KINDS = {
     "draft": "#56B4E9",
@@ -27,6 +54,7 @@ NAMES = {
     "wait": "waiting for disk",
 }
 BEFORE, AFTER, MEASURED = "#D55E00", "#009E73", "#0072B2"
+CPU, GPU, LINK = "#444444", "#8E4A7C", "#0072B2"
 
 
 def new_figure(

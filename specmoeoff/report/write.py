@@ -1,7 +1,9 @@
 """Puts figures and tables into one HTML file, and beside it as SVG, PNG and CSV."""
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 from specmoeoff import __version__
 from specmoeoff.errors import BadInput
 from specmoeoff.files import explain_os_errors, read_text, write_atomic
+from specmoeoff.roofline.curves import ceilings
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
@@ -19,7 +22,7 @@ from specmoeoff.specs.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-    from specmoeoff.report.figures import Picture
+    from specmoeoff.report.style import Picture
 
 
 def write_report(
@@ -36,10 +39,11 @@ def write_report(
     What is missing is said in the report, with the command that supplies it. Raises BadInput for a bad points file.
     """
     from specmoeoff.report import figures
+    from specmoeoff.report.roofline import roofline
 
-    extra = read_points(points_csv) if points_csv else None
+    given = read_points(points_csv, {c.name for c in ceilings(profile) if not c.is_peak}) if points_csv else None
     record = next((r for r in records if r.kind == "validate"), None)
-    pictures = [figures.roofline(profile, plan, model, extra)]
+    pictures = [roofline(profile, plan, model, given)]
     missing = []
     if plan:
         pictures += [figures.throughput(plan, record), figures.breakdown(plan, record)]
@@ -62,9 +66,9 @@ def write_report(
     written = [out_html]
     sections = []
     for picture in pictures:
-        svg = _svg(picture)
+        svg = svg_text(picture)
         written += _write_picture(folder, picture, svg)
-        sections.append({"name": picture.name, "caption": picture.caption, "svg": svg, "table": _shown(picture)})
+        sections.append({"picture": picture, "svg": svg, "table": _shown(picture)})
     tables = {"numbers": numbers}
     if record:
         tables["pairs"] = figures.throughput_spread(record)
@@ -76,8 +80,8 @@ def write_report(
     return written
 
 
-def read_points(path: Path) -> "pd.DataFrame":
-    """More roofline points: name, flops_per_byte, gflop_per_s."""
+def read_points(path: Path, levels: Collection[str]) -> "pd.DataFrame":
+    """More roofline points: name, flops_per_byte, gflop_per_s and, where it is not DRAM, level: one of `levels`."""
     import pandas as pd
 
     text = read_text(path, "points CSV")
@@ -96,7 +100,12 @@ def read_points(path: Path) -> "pd.DataFrame":
                         f"{path}: line {i + 2}: {column} must be a positive number, not {table[column][i]!r}."
                     )
             table[column] = values
-    return table
+    for i, level in enumerate(table.get("level", ())):
+        if level not in levels:
+            raise BadInput(
+                f"{path}: line {i + 2}: level {level!r} is not a roof; there are {', '.join(sorted(levels))}."
+            )
+    return table.astype({"name": str})
 
 
 def all_numbers(
@@ -110,7 +119,7 @@ def all_numbers(
         m = roof.rate
         rows.append(
             (
-                f"{roof.name}, {roof.n_threads} threads",
+                f"{roof.name}, {f'{roof.n_threads} threads' if roof.device == 'cpu' else 'GPU'}",
                 m.value,
                 m.unit,
                 f"{m.provenance}, {m.statistic} of {len(m.samples)}",
@@ -123,12 +132,15 @@ def all_numbers(
                 "disk read",
                 d.read_gb_per_s.value,
                 "GB/s",
-                f"measured, median of {len(d.read_gb_per_s.samples)}, O_DIRECT, {d.n_readers} readers of {d.chunk_bytes:,} bytes",
+                f"{d.read_gb_per_s.provenance}, {d.read_gb_per_s.statistic} of {len(d.read_gb_per_s.samples)}, O_DIRECT, {d.n_readers} readers of {d.chunk_bytes:,} bytes",
             )
         )
         rows.append(("disk latency", d.latency_s.value, "s", f"fitted, largest error {d.fit_error:.0%}"))
-    if profile.dram_latency_s:
-        rows.append(("DRAM latency", profile.dram_latency_s.value, "s", "measured, median"))
+    for link in profile.links:
+        name = f"{link.direction}, {link.host_memory}, beside {link.beside.replace('_', ' ')}"
+        rows.append((name, link.gb_per_s, "GB/s", link.provenance))
+    for level, latency in profile.latency_s.items():
+        rows.append((f"{level} latency", latency.value, latency.unit, f"{latency.provenance}, {latency.statistic}"))
     if profile.cpu_slowdown_beside_disk:
         rows.append(
             ("compute beside the disk", profile.cpu_slowdown_beside_disk.value, "times slower", "measured, median")
@@ -177,17 +189,30 @@ def all_numbers(
     return pd.DataFrame(rows, columns=["name", "value", "unit", "provenance"])
 
 
-def _svg(picture: "Picture") -> str:
+def svg_text(picture: "Picture") -> str:
+    """The figure with its marks as titles and `data-groups`; all text is text, all ids begin with the figure's name."""
+    import matplotlib
+
     stream = io.StringIO()
-    picture.figure.savefig(stream, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name}):
+        picture.figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     # Inline SVGs share one document: ids of one figure must not be found by another.
-    return (
+    text = (
         text[text.index("<svg") :]
         .replace('id="', f'id="{picture.name}-')
         .replace('"#', f'"#{picture.name}-')
         .replace("url(#", f"url(#{picture.name}-")
     )
+
+    def marked(found: re.Match[str]) -> str:
+        mark = picture.marks.get(found[1])
+        if mark is None:
+            return found[0]
+        groups = escape("|".join(mark.groups))
+        return f'{found[0][:-1]} data-groups="{groups}"><title>{escape(mark.tip)}</title>'
+
+    return re.sub(f'<g id="{picture.name}-([^"]*)">', marked, text)
 
 
 def _write_picture(folder: Path, picture: "Picture", svg: str) -> list[Path]:
@@ -201,10 +226,13 @@ def _write_picture(folder: Path, picture: "Picture", svg: str) -> list[Path]:
 
 def _shown(picture: "Picture") -> dict[str, object] | None:
     """The roofline's points as a table beside it; the other figures' numbers are in their CSVs."""
+    from specmoeoff.report.points import SWEEP
+
     if picture.name != "roofline" or "percent_of_roof" not in picture.table:
         return None
     columns = ["name", "level", "flops_per_byte", "gflop_per_s", "percent_of_roof", "limiter", "provenance"]
-    part = picture.table[picture.table["percent_of_roof"].notna()][columns]
+    # The sweep's many rows are in its line and in the CSV.
+    part = picture.table[picture.table["percent_of_roof"].notna() & (picture.table["kind"] != SWEEP)][columns]
     return {"columns": columns, "rows": [[_text(v) for v in row] for row in part.itertuples(index=False)]}
 
 
@@ -224,7 +252,9 @@ def _render(
 ) -> str:
     from jinja2 import Environment
 
-    template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template, script = (
+        files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("report.html.jinja", "report.js")
+    )
     ups = []
     for s in record.speed_ups if record else ():
         ups.append(
@@ -245,6 +275,7 @@ def _render(
         record=record,
         ups=ups,
         sections=sections,
+        script=script,
         missing=missing,
         numbers=[[_text(v) for v in row] for row in numbers.itertuples(index=False)],
         version=__version__,

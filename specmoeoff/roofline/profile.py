@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,13 +18,20 @@ from specmoeoff import __version__
 from specmoeoff.errors import AnswerIsNo, SpecMoEOffError
 from specmoeoff.kernels.cpu import default_isa, supported_isas
 from specmoeoff.roofline.probes import cpu as cpu_probes
-from specmoeoff.roofline.probes.disk import measure_disk, test_file
+from specmoeoff.roofline.probes.disk import Disk, test_file
+from specmoeoff.roofline.probes.gpu import measure_gpu, waived_gpu
+from specmoeoff.roofline.probes.library import gemm_peaks
+from specmoeoff.roofline.probes.link import measure_links
 from specmoeoff.roofline.probes.operators import measure_operators, slowdown_beside_disk
+from specmoeoff.roofline.timing import measurement, modes
 from specmoeoff.specs.model import ModelSpec
-from specmoeoff.specs.profile import HardwareProfile, Machine, OperatorTable, Roof
+from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, OperatorTable, Quality, Roof
 
 GIB = 1 << 30
 BUSY_PRESSURE = 20.0
+ABOVE_PEAK = 1.02
+LAST_S = 5.0
+LIBRARIES = ("numpy", "torch", "optuna", "scipy")
 RUNTIME_IMPORTS = (
     "import specmoeoff.cli, specmoeoff.runtime.validate, specmoeoff.runtime.batch_run, rich.progress, jinja2"
 )
@@ -82,16 +91,37 @@ def _pressure() -> float | None:
         return None
 
 
-def _quality(memory: Sequence[Roof], pressure: float | None) -> list[str]:
+def _steal() -> tuple[int, int]:
+    """Ticks that the host kept from this machine, and all ticks."""
+    try:
+        ticks = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0, 0
+    return ticks[7] if len(ticks) > 7 else 0, sum(ticks)
+
+
+def _disorder(memory: Sequence[Roof]) -> list[str]:
+    """Levels that cannot be as measured: an inner one slower than an outer one."""
     notes = []
-    if pressure is not None and pressure > BUSY_PRESSURE:
-        notes.append(f"the CPU was busy with other work ({pressure:.0f} % pressure): rates may be too low")
     levels = ("l1_read", "l2_read", "l3_read", "dram_read")
     for n_threads in sorted({r.n_threads for r in memory}):
         rates = [r.rate.value for level in levels for r in memory if (r.name, r.n_threads) == (level, n_threads)]
         if any(inner < outer for inner, outer in pairwise(rates)):
             notes.append(
                 f"memory levels are out of order with {n_threads} threads: {', '.join(f'{r:.0f}' for r in rates)} GB/s"
+            )
+    return notes
+
+
+def _above_peak(peaks: Sequence[Roof]) -> list[str]:
+    """Library products faster than the instructions they are made of."""
+    rates = {(r.name, r.n_threads): r.rate.value for r in peaks}
+    notes = []
+    for (name, n_threads), rate in rates.items():
+        ceilings = [rates.get((f"{name[:4]}_{kind}", n_threads), 0.0) for kind in ("fma", "dot", "amx")]
+        if name.endswith("_gemm") and max(ceilings) > 0 and rate > ABOVE_PEAK * max(ceilings):
+            notes.append(
+                f"{name} with {n_threads} threads, {rate:.0f} GFLOP/s, is above its peak of {max(ceilings):.0f}"
             )
     return notes
 
@@ -109,48 +139,119 @@ def measure_profile(
     `disk_file` is read if given; `checkpoint` is a folder whose tokenizer counts as part of a running process.
     """
     begun = time.perf_counter()
-    me, waived, pressure = machine(), {}, _pressure()
-    counts = sorted({1, me.n_cores})
+    me, waived, pressure, steal = machine(), {}, _pressure(), _steal()
+    counts, tally = sorted({1, me.n_cores}), cpu_probes.Tally()
     progress("arithmetic peaks", 0.0)
-    peaks = cpu_probes.peaks(counts, 0.004 * budget_s)
-    progress("memory", 0.05)
-    memory = cpu_probes.memory(counts, 0.006 * budget_s)
-    latency = cpu_probes.dram_latency()
-    progress("disk", 0.25)
-    disk = slowdown = None
-    try:
-        with test_file(disk_file) as file:
-            disk = measure_disk(file, 0.15 * budget_s)
-            progress("compute beside the disk", 0.4)
-            if models:
-                slowdown = slowdown_beside_disk(models[0], me.n_cores, file, disk.n_readers, disk.chunk_bytes)
-    except (SpecMoEOffError, OSError) as error:
-        waived["disk"] = str(error)
+    clock = [cpu_probes.clock_ghz()]
+    peaks, missing = cpu_probes.peaks(counts, tally)
+    clock.append(cpu_probes.clock_ghz())
+    products, no_products = gemm_peaks(counts)
+    waived |= missing | no_products
+    progress("memory", 0.1)
+    memory = cpu_probes.Memory(counts, tally)
+    memory.measure_caches()
+    latency = cpu_probes.latencies(memory.caches)
     tables: list[OperatorTable] = []
-    todo = [(spec, n) for n in reversed(counts) for spec in models]
-    for i, (spec, n_threads) in enumerate(todo):
-        progress(f"operators of {spec.name}, {n_threads} threads", 0.45 + 0.55 * i / len(todo))
-        few = n_threads != me.n_cores
-        tables += measure_operators(spec, n_threads, 0.5 * budget_s / len(todo), rounds=3 if few else 9)
-        memory = [cpu_probes.dram_read_again(r) if r.name == "dram_read" else r for r in memory]
-    if me.gpu is None:
-        waived["gpu"] = "no NVIDIA driver; experts are streamed from disk into memory instead"
-    notes = _quality(memory, pressure)
-    if strict and notes:
-        raise AnswerIsNo(f"the machine could not be measured well: {'; '.join(notes)}.")
+    link = slowdown = None
+    with ExitStack() as stack:
+        progress("disk", 0.2)
+        disk = None
+        try:
+            file = stack.enter_context(test_file(disk_file))
+            disk = Disk(file, 0.05 * budget_s)
+        except (SpecMoEOffError, OSError) as error:
+            waived["disk"] = str(error)
+
+        def sample_again() -> None:
+            """DRAM and disk are shared: their samples are spread over the whole of the measurement."""
+            memory.sample_dram()
+            if disk:
+                disk.sample()
+
+        for _ in range(8):
+            sample_again()
+        if models and disk:
+            progress("compute beside the disk", 0.3)
+            found = disk.link()
+            slowdown = slowdown_beside_disk(models[0], me.n_cores, file, found.n_readers, found.chunk_bytes)
+        todo = [(spec, n) for n in reversed(counts) for spec in models]
+        for i, (spec, n_threads) in enumerate(todo):
+            progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
+            share_s = (begun + budget_s - time.perf_counter()) / (len(todo) - i)
+            rounds = 9 if n_threads == me.n_cores else 3
+            tables += measure_operators(spec, n_threads, share_s, rounds, sample_again)
+        # Bursts of a shared machine's other guests last a second or two: caches and library once more, or as often as is time.
+        while True:
+            progress("caches and library again", 0.95)
+            memory.measure_caches()
+            products = [_merged(*pair) for pair in zip(products, gemm_peaks(counts)[0], strict=True)]
+            for _ in range(4):
+                sample_again()
+            if time.perf_counter() > begun + budget_s - LAST_S:
+                break
+        if disk:
+            link = disk.link()
+    on_gpu, links, no_gpu = _gpu(me.gpu, 0.3 * budget_s, progress)
+    waived |= no_gpu
+    clock.append(cpu_probes.clock_ghz())
+    roofs = [*memory.finish(), *(r for r in on_gpu if r.rate.unit == "GB/s")]
+    stolen, ticks = (now - then for now, then in zip(_steal(), steal, strict=True))
+    quality = Quality(
+        contended=(pressure or 0.0) > BUSY_PRESSURE or tally.waited_share > cpu_probes.CONTENDED_SHARE,
+        pressure_percent=pressure,
+        steal_percent=100 * stolen / ticks if ticks else None,
+        waited_share=tally.waited_share,
+        clock_ghz=tuple(clock),
+        modes=_modes(roofs, link),
+        notes=(*memory.notes, *_disorder(roofs), *_above_peak([*peaks, *products])),
+    )
+    if quality.contended:
+        busy = f"other work kept the CPU {tally.waited_share:.0%} of the time (pressure {pressure or 0:.0f} %)"
+        quality = quality.model_copy(update={"notes": (f"{busy}: medians are too low", *quality.notes)})
+    if strict and quality.notes:
+        raise AnswerIsNo(f"the machine could not be measured well: {'; '.join(quality.notes)}.")
+    progress("done", 1.0)
     return HardwareProfile(
         name=f"{me.cpu}, {me.n_cores} cores",
         machine=me,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool_version=__version__,
         duration_s=time.perf_counter() - begun,
-        peaks=tuple(peaks),
-        memory=tuple(memory),
-        dram_latency_s=latency,
-        disk=disk,
+        peaks=(*peaks, *products, *(r for r in on_gpu if r.rate.unit != "GB/s")),
+        memory=tuple(roofs),
+        latency_s=latency,
+        disk=link,
+        links=tuple(links),
         operators=tuple(tables),
         cpu_slowdown_beside_disk=slowdown,
         process_bytes=runtime_process_bytes(checkpoint),
         waived=waived,
-        quality=tuple(notes),
+        quality=quality,
+        libraries={name: version(name) for name in LIBRARIES},
     )
+
+
+def _merged(one: Roof, other: Roof) -> Roof:
+    rate = one.rate
+    samples = (*rate.samples, *other.rate.samples)
+    return one.model_copy(update={"rate": measurement(samples, rate.unit, rate.statistic, rate.note)})
+
+
+def _gpu(name: str | None, budget_s: float, progress: Progress) -> tuple[list[Roof], list[LinkCurve], dict[str, str]]:
+    """Roofs and link of the GPU, and why what is missing is missing."""
+    if name is None:
+        return [], [], waived_gpu()
+    progress("GPU", 0.9)
+    try:
+        roofs, links = measure_gpu(budget_s / 2), measure_links(budget_s / 2)
+    except SpecMoEOffError as error:
+        return [], [], {row: str(error) for row in waived_gpu()}
+    return roofs, links, waived_gpu(roofs)
+
+
+def _modes(memory: Sequence[Roof], disk: DiskLink | None) -> dict[str, tuple[float, ...]]:
+    """GB/s of the roofs that flip between two speeds."""
+    found = {f"{r.name}, {r.n_threads} threads": modes(r.rate.samples) for r in memory if r.name.startswith("dram_")}
+    if disk:
+        found["disk"] = disk.modes_gb_per_s
+    return {name: speeds for name, speeds in found.items() if len(speeds) > 1}

@@ -9,7 +9,7 @@ import numpy as np
 from specmoeoff.specs.profile import Measurement
 
 MODE_GAP = 0.15
-MODE_SHARE = 0.2
+MODE_SHARE = 0.125
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -30,9 +30,9 @@ def sample(work: Callable[[], object], budget_s: float, min_samples: int = 5) ->
 
 
 def measurement(samples: Sequence[float], unit: str, statistic: str = "median", note: str = "") -> Measurement:
-    """Keep all samples; `statistic` (median, max, p95) is what planners read."""
+    """Keep all samples; `statistic` (median, p75, p95, max) is what planners read."""
     values = np.asarray(samples, float)
-    value = {"median": np.median(values), "max": values.max(), "p95": np.percentile(values, 95)}[statistic]
+    value = np.percentile(values, {"median": 50, "p75": 75, "p95": 95, "max": 100}[statistic])
     kept = tuple(float(f"{s:.6g}") for s in samples)
     return Measurement(value=float(value), unit=unit, statistic=statistic, samples=kept, note=note)
 
@@ -52,11 +52,19 @@ def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) ->
 
 
 def modes(samples: Sequence[float]) -> tuple[float, ...]:
-    """Medians of the speeds a machine flips between: one, or two where a wide gap splits the samples."""
+    """Medians of the speeds a machine flips between: one, or two where the best split leaves a gap wider than both.
+
+    A mode is its samples from the 10th to the 90th percentile: strays between two modes do not join them, and a tail of
+    slow samples is wider than the gap above it.
+    """
     values = np.sort(np.asarray(samples, float))
-    if len(values) >= 5:
-        gaps = values[1:] / values[:-1]
-        at = int(np.argmax(gaps)) + 1
-        if gaps[at - 1] > 1 + MODE_GAP and min(at, len(values) - at) >= MODE_SHARE * len(values):
-            return float(np.median(values[:at])), float(np.median(values[at:]))
+    n, fewest = len(values), max(2, math.ceil(MODE_SHARE * len(values)))
+    if n < 2 * fewest:
+        return (float(np.median(values)),)
+    at = np.arange(fewest, n - fewest + 1)
+    between = np.cumsum(values - values.mean())[at - 1] ** 2 / (at * (n - at))  # variance that a split explains
+    slow, fast = np.split(values, [at[np.argmax(between)]])
+    (slow_from, slow_to), (fast_from, fast_to) = np.percentile(slow, (10, 90)), np.percentile(fast, (10, 90))
+    if fast_from - slow_to > max(slow_to - slow_from, fast_to - fast_from, MODE_GAP * slow_to):
+        return float(np.median(slow)), float(np.median(fast))
     return (float(np.median(values)),)

@@ -1,6 +1,7 @@
 """What was measured of a machine. Rates in GB/s (1e9) and GFLOP/s; every number keeps its samples."""
 
 from math import prod
+from statistics import fmean, pstdev
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -20,13 +21,32 @@ class Measurement(Spec):
     provenance: Provenance = "measured"
     note: str = ""
 
+    def percentile(self, q: float) -> float:
+        """Of the samples, q in 0..100, linear between neighbours."""
+        ordered = sorted(self.samples)
+        at = q / 100 * (len(ordered) - 1)
+        low = int(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+    @property
+    def variation(self) -> float:
+        """Standard deviation of the samples over their mean."""
+        mean = fmean(self.samples)
+        return pstdev(self.samples) / mean if mean else 0.0
+
 
 class Roof(Spec):
-    """One ceiling: a memory level's bandwidth (GB/s) or an arithmetic peak (GFLOP/s)."""
+    """One ceiling: a memory level's bandwidth (GB/s) or an arithmetic peak (GFLOP/s, GOP/s for integers).
+
+    n_threads is 0 for a GPU. working_set_bytes: what all threads together went over.
+    """
 
     name: str
     n_threads: int
     rate: Measurement
+    device: Literal["cpu", "gpu"] = "cpu"
+    working_set_bytes: int | None = None
 
 
 def _positive(rate: Measurement) -> Measurement:
@@ -45,6 +65,46 @@ class DiskLink(Spec):
     modes_gb_per_s: tuple[float, ...]
     limit_gb_per_s: float | None = None
     fit_error: float
+    sweep: tuple["DiskPoint", ...] = ()
+
+
+class DiskPoint(Spec):
+    """Read rate at one request size and number of readers."""
+
+    chunk_bytes: int
+    n_readers: int
+    gb_per_s: Measurement
+
+
+class LinkCurve(Spec):
+    """Copies between host and GPU memory over sizes: seconds = latency_s + bytes / bandwidth, or by the table where the
+    fit misses by more than a tenth. `device_s`: many copies in a row by the GPU's clock; `end_to_end_s`: one, waited for.
+    """
+
+    direction: Literal["h2d", "d2h"]
+    host_memory: Literal["pinned", "pageable"]
+    beside: Literal["nothing", "other_direction", "dram_read"]
+    sizes_bytes: tuple[int, ...]
+    device_s: tuple[float, ...]
+    end_to_end_s: tuple[float, ...]
+    latency_s: float
+    gb_per_s: float
+    n_half_bytes: float
+    fit_error: float
+    provenance: Provenance = "measured"
+
+
+class Quality(Spec):
+    """What disturbed the measurement. `waited_share`: of the time of sampling, how long a thread waited for its CPU.
+    `modes`: the speeds of roofs that flip between two. `notes`: one sentence each."""
+
+    contended: bool = False
+    pressure_percent: float | None = None
+    steal_percent: float | None = None
+    waited_share: float = 0.0
+    clock_ghz: tuple[float, ...] = ()
+    modes: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class OperatorTable(Spec):
@@ -99,13 +159,15 @@ class HardwareProfile(FileSpec):
     duration_s: float
     peaks: tuple[Roof, ...]
     memory: tuple[Roof, ...]
-    dram_latency_s: Measurement | None = None
+    latency_s: dict[str, Measurement] = Field(default_factory=dict)
     disk: DiskLink | None
+    links: tuple[LinkCurve, ...] = ()
     operators: tuple[OperatorTable, ...]
     cpu_slowdown_beside_disk: Measurement | None = None
     process_bytes: int
     waived: dict[str, str] = Field(default_factory=dict)
-    quality: tuple[str, ...] = ()
+    quality: Quality = Quality()
+    libraries: dict[str, str] = Field(default_factory=dict)
 
     def peak(self, name: str, n_threads: int) -> float | None:
         """GFLOP/s of an arithmetic peak, None where it was not measured."""

@@ -45,7 +45,7 @@ class _Batch(Structure):
     ]
 
 
-# Kept in the order of kernels.c.
+# Kept in the order of the C files.
 _SIGNATURES = {
     "smo_isa_count": (c_int, []),
     "smo_isa_name": (c_char_p, [c_int]),
@@ -75,8 +75,11 @@ _SIGNATURES = {
         None,
         [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p, c_int, c_void_p, c_void_p, c_void_p],
     ),
-    "smo_probe_peak": (c_double, [c_int, c_int, c_int, c_int64]),
-    "smo_probe_memory": (None, [c_int, c_int, c_int, c_void_p, c_size_t, c_int]),
+    "smo_probe_count": (c_int, []),
+    "smo_probe_name": (c_char_p, [c_int]),
+    "smo_probe_supported": (c_int, [c_int]),
+    "smo_probe_operations": (c_double, [c_int]),
+    "smo_probe": (None, [c_int, c_int, c_void_p, c_size_t, c_int64, POINTER(c_double)]),
     "smo_probe_chase": (c_int64, [c_void_p, c_int64, c_int64]),
 }
 
@@ -137,8 +140,8 @@ def _checked_isa(name: str) -> str:
     return name
 
 
-def aligned_empty(n_bytes: int, alignment: int = 4096) -> np.ndarray:
-    """(n_bytes,) uint8 of zeroed memory of its own, in huge pages where the system has them, every page touched."""
+def aligned_empty(n_bytes: int, alignment: int = 4096, huge_pages: bool = True) -> np.ndarray:
+    """(n_bytes,) uint8 of zeroed memory of its own, in huge pages where wanted and had, every page touched."""
     slack = HUGE_PAGE if n_bytes >= HUGE_PAGE else alignment
     # Private: shared memory, mmap's default, gets no huge pages, and every kernel loses a fifth of its speed.
     memory = mmap.mmap(-1, max(n_bytes, 1) + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -146,7 +149,7 @@ def aligned_empty(n_bytes: int, alignment: int = 4096) -> np.ndarray:
     first = -whole.ctypes.data % slack
     if n_bytes >= HUGE_PAGE:
         with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     array = whole[first : first + n_bytes]
     array[:] = 0
     return array
@@ -561,33 +564,6 @@ class Kernels:
         library.smo_head_argmax(
             self._isa, self.n_threads, states, m, hidden, scale, eps, weight, vocab, target, table, scratch
         )
-
-    def probe_peak(self, kind: str, rounds: int) -> float | None:
-        """Run independent multiply-adds (`fp32` or `bf16`) on all threads; operations done, None where unavailable."""
-        done = _library().smo_probe_peak(self._isa, self.n_threads, ("fp32", "bf16").index(kind), rounds)
-        return done if done >= 0 else None
-
-    def probe_memory(self, kind: str, buffer: np.ndarray, repeats: int = 1) -> int:
-        """Read (from a cache), write, copy or stream (read from memory, fetching ahead) a uint8 buffer on all threads;
-        bytes moved (a copy counts both ways)."""
-        address = _pointer(buffer, np.uint8, (None,), "buffer", write=True)
-        code = ("read", "write", "copy", "stream").index(kind)
-        _library().smo_probe_memory(self._isa, self.n_threads, code, address, len(buffer), repeats)
-        return len(buffer) // self.n_threads // 1024 * 1024 * self.n_threads * repeats
-
-
-class Chase:
-    """Memory latency: follows links (n,) int64 of a cycle, going on where it stopped."""
-
-    def __init__(self, links: np.ndarray) -> None:
-        self._address = _pointer(links, np.int64, (None,), "links")
-        if len(links) < 1 or links.min() < 0 or links.max() >= len(links):
-            raise ValueError("links: must be indices into links")
-        self._links, self._at = links, 0
-
-    def follow(self, steps: int) -> None:
-        """One dependent access after another."""
-        self._at = int(_library().smo_probe_chase(self._address, self._at, steps))
 
 
 def scratch_bytes(shape: LayerShape, max_rows: int, n_threads: int) -> int:

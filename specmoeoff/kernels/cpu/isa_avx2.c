@@ -10,9 +10,6 @@ typedef struct {
     __m256i a, b;
 } PAIRS;
 #define SMALL_TILES 1
-#define PEAK_CHAINS 6
-#define PEAK_REPEAT(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define KEEP(v) __asm__ volatile("" : "+x"((v).a), "+x"((v).b))
 #define EACH(call_a, call_b) ((V){call_a, call_b})
 #define v_zero() EACH(_mm256_setzero_ps(), _mm256_setzero_ps())
 #define v_all(x) v_all_(x)
@@ -97,4 +94,4 @@ static inline V v_first(V v, int count, float fill)
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, 0};
+const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};

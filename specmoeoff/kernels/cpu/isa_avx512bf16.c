@@ -6,9 +6,6 @@
 typedef __m512 V;
 typedef __m512i PAIRS;
 #define SMALL_TILES 0
-#define PEAK_CHAINS 12
-#define PEAK_REPEAT(X) REPEAT_12(X)
-#define KEEP(v) __asm__ volatile("" : "+v"(v))
 #define v_zero() _mm512_setzero_ps()
 #define v_all(x) _mm512_set1_ps(x)
 #define v_load(p) _mm512_loadu_ps(p)
@@ -38,25 +35,10 @@ static inline __m512 v_first(__m512 v, int count, float fill)
 
 #include "isa_body.h"
 
-static double peak_bf16(int64_t rounds)
-{
-    const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3c003c00), b = a;
-    __m512 total = _mm512_setzero_ps();
-#define BEGIN(i) __m512 acc##i = total;
-#define STEP(i) acc##i = _mm512_dpbf16_ps(acc##i, a, b); KEEP(acc##i);
-#define SUM(i) total = _mm512_add_ps(total, acc##i);
-    REPEAT_12(BEGIN)
-    for (int64_t n = 0; n < rounds; n++) { REPEAT_12(STEP) }
-    REPEAT_12(SUM)
-    volatile float sink = _mm512_reduce_add_ps(total);
-    (void)sink;
-    return (double)rounds * 12 * 64;
-}
-
 static int supported(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bf16");
 }
 
-const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, peak_bf16};
+const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};

@@ -11,9 +11,6 @@ typedef struct {
     uint16_t h[2 * LANES];
 } PAIRS;
 #define SMALL_TILES 1
-#define PEAK_CHAINS 2
-#define PEAK_REPEAT(X) X(0) X(1)
-#define KEEP(v) __asm__ volatile("" : "+m"(v))
 #define EACH(expression)                                \
     V result;                                           \
     for (int i = 0; i < LANES; i++) result.f[i] = expression; \
@@ -81,4 +78,4 @@ static inline V v_first(V v, int count, float fill) { EACH(i < count ? v.f[i] : 
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, read_cached, read_memory, peak_fp32, 0};
+const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};

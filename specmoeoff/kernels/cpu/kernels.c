@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "threads.h"
 
 enum { GROUP_ROWS = 48, ATTENTION_ROWS = 48, MAX_GROUP_POINTERS = GROUP_ROWS };
 
@@ -21,65 +22,6 @@ static const isa_t *const ISAS[] = {
 #endif
     &isa_scalar,
 };
-
-/* ---- threads ------------------------------------------------------------------------------------------------------------ */
-
-/* Thread i of a region runs on CPU i of this list. Left to itself the scheduler can wake two of them on one CPU, where they
- * stay for seconds: every kernel then takes twice as long. The caller is bound for the call only, since its mask is inherited
- * by whatever it starts. */
-enum { MAX_CPUS = 1024 };
-static int cpus[MAX_CPUS], n_cpus;
-
-void smo_set_cpus(const int32_t *list, int n)
-{
-    n_cpus = n < MAX_CPUS ? n : MAX_CPUS;
-    for (int i = 0; i < n_cpus; i++) cpus[i] = list[i];
-}
-
-static int bind_self(int i)
-{
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpus[i], &one);
-    return sched_setaffinity(0, sizeof one, &one) == 0;
-}
-
-typedef struct {
-    cpu_set_t mask;
-    int bound;
-} caller_t;
-
-static caller_t bind_caller(int threads)
-{
-    caller_t caller = {.bound = 0};
-    if (threads > 1 && threads <= n_cpus && sched_getaffinity(0, sizeof caller.mask, &caller.mask) == 0) caller.bound = bind_self(0);
-    return caller;
-}
-
-static void release_caller(const caller_t *caller)
-{
-    if (caller->bound) sched_setaffinity(0, sizeof caller->mask, &caller->mask);
-}
-
-static void bind_worker(void)
-{
-    static __thread int bound = -1;
-    const int i = omp_get_thread_num();
-    if (i > 0 && omp_get_num_threads() <= n_cpus && bound != i && bind_self(i)) bound = i;
-}
-
-/* All threads run `body`, which may hold work-sharing constructs. */
-#define EACH_THREAD(threads, ...)                       \
-    do {                                                \
-        const int threads_ = (threads);                 \
-        const caller_t caller_ = bind_caller(threads_); \
-        _Pragma("omp parallel num_threads(threads_)")   \
-        {                                               \
-            bind_worker();                              \
-            __VA_ARGS__;                                \
-        }                                               \
-        release_caller(&caller_);                       \
-    } while (0)
 
 /* ---- packing ------------------------------------------------------------------------------------------------------------ */
 
@@ -548,42 +490,4 @@ void smo_head_argmax(int isa, int threads, const float *x, int m, int hidden, co
 {
     EACH_THREAD(threads, head_rows(ISAS[isa], x, m, hidden, norm, eps, head, vocab, out, logits, (uint16_t *)scratch,
                                    scratch + align64((size_t)m * hidden * 2)));
-}
-
-/* ---- probes: what the machine can do at best ---------------------------------------------------------------------------- */
-
-/* Operations done by all threads together; the caller takes the time. kind 0 fp32, 1 bf16; negative: not available. */
-double smo_probe_peak(int isa, int threads, int kind, int64_t rounds)
-{
-    double (*run)(int64_t) = kind ? ISAS[isa]->peak_bf16 : ISAS[isa]->peak_fp32;
-    double each = 0;
-    if (!run) return -1;
-    EACH_THREAD(threads, const double done = run(rounds); if (omp_get_thread_num() == 0) each = done);
-    return each * threads;
-}
-
-static void move_share(const isa_t *isa, int kind, unsigned char *buffer, size_t n_bytes, int repeats)
-{
-    const size_t share = n_bytes / (size_t)omp_get_num_threads() / 1024 * 1024;
-    unsigned char *mine = buffer + share * (size_t)omp_get_thread_num();
-    for (int repeat = 0; repeat < repeats; repeat++) {
-        if (kind == 0) isa->read_cached((const float *)mine, share / 4);
-        else if (kind == 3) isa->read_memory((const float *)mine, share / 4);
-        else if (kind == 1) memset(mine, repeat + 1, share);
-        else memcpy(mine + share / 2, mine, share / 2);
-        __asm__ volatile("" : : : "memory");
-    }
-}
-
-/* Every thread reads (0: from a cache, 3: from memory), writes (1) or copies within halves (2) its share, `repeats` times. */
-void smo_probe_memory(int isa, int threads, int kind, unsigned char *buffer, size_t n_bytes, int repeats)
-{
-    EACH_THREAD(threads, move_share(ISAS[isa], kind, buffer, n_bytes, repeats));
-}
-
-/* Follows `steps` links of a cycle of indices from `at`; returns where it ends, so that nothing can be left out. */
-int64_t smo_probe_chase(const int64_t *next, int64_t at, int64_t steps)
-{
-    for (int64_t i = 0; i < steps; i++) at = next[at];
-    return at;
 }

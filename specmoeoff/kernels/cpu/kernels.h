@@ -32,12 +32,6 @@ typedef struct {
     /* One online-softmax step over 64 scores of which the first `visible` count: probabilities become bf16 and exactly 0
      * beyond; maximum, sum and output (n floats) stay consistent. */
     void (*softmax)(const float *scores, int visible, float *maximum, float *sum, float *output, int n, uint16_t *probabilities);
-    /* Read n floats, n a multiple of 128: from a cache, from memory. */
-    void (*read_cached)(const float *x, size_t n);
-    void (*read_memory)(const float *x, size_t n);
-    /* Repeats independent multiply-adds; returns operations done. */
-    double (*peak_fp32)(int64_t rounds);
-    double (*peak_bf16)(int64_t rounds); /* NULL where the instruction set has no bf16 dot product */
 } isa_t;
 
 extern const isa_t isa_scalar;

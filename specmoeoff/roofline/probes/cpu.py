@@ -1,15 +1,33 @@
-"""Arithmetic peaks, and the bandwidth and latency of each memory level."""
+"""Arithmetic peaks of the CPU, the bandwidth of every memory level, and latencies."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Chase, Kernels, aligned_empty
-from specmoeoff.roofline.timing import measurement, sample, seconds_of
+from specmoeoff.kernels.cpu import aligned_empty
+from specmoeoff.kernels.cpu.probes import MOVES, PEAKS, Chase, Move, Peak, Timed, is_supported
+from specmoeoff.roofline.timing import measurement, seconds_of
 from specmoeoff.specs.profile import Measurement, Roof
 
 KIB, MIB = 1 << 10, 1 << 20
 DEFAULT_CACHES = {"l1": 32 * KIB, "l2": 1 * MIB, "l3": 32 * MIB}
+SAMPLE_S = 1e-3
+PEAK_SAMPLES, CACHE_SAMPLES, LATENCY_SAMPLES = 200, 60, 9
+PLACES = 4
+PATTERN = 0x3E  # not zeros, which some memory systems carry for less
+ON_CPU = 0.98  # samples during which a thread had to wait for its CPU are dropped, where enough others are left
+CONTENDED_SHARE = 0.05  # of the time
+CACHE_MOVES = ("read", "store", "copy", "triad")
+INTEGER = ("int8_dot", "int8_amx")
+MISSING = {
+    "fp16_fma": "this CPU has no AVX512-FP16",
+    "bf16_dot": "this CPU has no AVX512-BF16",
+    "int8_dot": "this CPU has neither AVX512-VNNI nor AVX-VNNI",
+    "bf16_amx": "this CPU, or its kernel, has no AMX-BF16",
+    "int8_amx": "this CPU, or its kernel, has no AMX-INT8",
+}
 
 
 def cache_bytes() -> dict[str, int]:
@@ -30,69 +48,181 @@ def cache_bytes() -> dict[str, int]:
     return sizes | ({"l3": sum(shared.values())} if shared else {})
 
 
-def peaks(thread_counts: list[int], budget_s: float) -> list[Roof]:
-    """fp32_fma and bf16_dot in GFLOP/s: the most of many samples of about a millisecond."""
-    result = []
-    for n_threads in thread_counts:
-        kernels = Kernels(n_threads)
-        for kind, name in (("fp32", "fp32_fma"), ("bf16", "bf16_dot")):
-            rounds = 100_000
-            operations = kernels.probe_peak(kind, rounds)
-            if operations is None:
-                continue
-            times = sample(lambda k=kernels, kd=kind, r=rounds: k.probe_peak(kd, r), budget_s, 30)  # type: ignore[misc]
-            rate = measurement([operations / t / 1e9 for t in times], "GFLOP/s", "max")
-            result.append(Roof(name=name, n_threads=n_threads, rate=rate))
-    return result
+@dataclass
+class Tally:
+    """Seconds of sampling, and of those how many the worst thread waited for its CPU while others had it."""
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
+
+    def add(self, found: Iterable[Timed]) -> None:
+        """Some samples more."""
+        for timed in found:
+            self.seconds += timed.seconds
+            self.waited_s += timed.seconds * (1.0 - timed.on_cpu)
+
+    @property
+    def waited_share(self) -> float:
+        """Of the time."""
+        return self.waited_s / self.seconds if self.seconds else 0.0
 
 
-def memory(thread_counts: list[int], budget_s: float) -> list[Roof]:
-    """Read bandwidth of every level, and write and copy of DRAM, in GB/s. Caches: the most; DRAM: the median."""
-    caches, dram_bytes = cache_bytes(), _dram_bytes()
-    buffer = aligned_empty(dram_bytes)
+def _undisturbed(found: list[tuple[float, Timed]], tally: Tally) -> list[float]:
+    """Rates of the samples during which every thread kept its CPU; of all if hardly any was."""
+    kept = [amount / timed.seconds for amount, timed in found if timed.on_cpu >= ON_CPU]
+    tally.add(timed for _, timed in found)
+    return kept if len(kept) >= 5 else [amount / timed.seconds for amount, timed in found]
+
+
+def _rounds(run: Callable[[int], Timed], seconds: float = SAMPLE_S) -> int:
+    """Rounds that take about so long."""
+    run(1)
+    rounds = 1
+    while (took := run(rounds).seconds) < seconds / 4:
+        rounds *= 4
+    return max(1, round(rounds * seconds / took))
+
+
+def peaks(thread_counts: list[int], tally: Tally) -> tuple[list[Roof], dict[str, str]]:
+    """Instruction peaks in GFLOP/s (GOP/s for integers), and why others are missing: the most of 200 samples of a
+    millisecond. A busy machine is given a second chance."""
     result = []
     for n_threads in thread_counts:
-        kernels = Kernels(n_threads)
-        sizes = {
-            "l1_read": n_threads * caches["l1"] // 2,
-            "l2_read": n_threads * caches["l2"] // 2,
-            "l3_read": min(max(caches["l3"] // 4, 2 * n_threads * caches["l2"]), caches["l3"] // 2),
-            "dram_read": dram_bytes,
-            "dram_write": dram_bytes,
-            "dram_copy": dram_bytes,
+        for name in filter(is_supported, PEAKS):
+            peak = Peak(name, n_threads)
+            rounds = _rounds(lambda r, p=peak: p.run(r)[1])  # type: ignore[misc]
+            found, these = [], Tally()
+            while len(found) < PEAK_SAMPLES or (len(found) < 2 * PEAK_SAMPLES and these.waited_share > CONTENDED_SHARE):
+                found.append(peak.run(rounds))
+                these.add([found[-1][1]])
+            unit = "GOP/s" if name in INTEGER else "GFLOP/s"
+            rates = [rate / 1e9 for rate in _undisturbed(found, tally)]
+            result.append(Roof(name=name, n_threads=n_threads, rate=measurement(rates, unit, "max")))
+    return result, {name: reason for name, reason in MISSING.items() if not is_supported(name)}
+
+
+def clock_ghz() -> float:
+    """The clock as a chain of multiplications shows it: the best of a few samples of a millisecond."""
+    chain = Peak("cycles", 1)
+    rounds = _rounds(lambda r: chain.run(r)[1])
+    return max(cycles / timed.seconds for cycles, timed in (chain.run(rounds) for _ in range(8))) / 1e9
+
+
+def real_caches(
+    told: dict[str, int], rate: Callable[[int], float], dram_rate: float
+) -> tuple[dict[str, int], list[str]]:
+    """Cache sizes that bandwidth confirms, and a sentence for each that it does not.
+
+    `rate` gives GB/s of reading a working set. Half of the last cache must be faster than memory; if not (hypervisors show
+    guests the caches of a whole machine), the largest working set that is tells the size.
+    """
+    size = told["l3"]
+    while size > 2 * told["l2"] and rate(size * 2 // 5) < 1.25 * dram_rate:
+        size //= 2
+    if size == told["l3"]:
+        return told, []
+    note = (
+        f"the system tells of {told['l3'] // MIB} MiB of L3, but reads are as slow as memory's beyond {size // MIB} MiB"
+    )
+    return told | {"l3": size}, [note]
+
+
+@dataclass
+class Memory:
+    """Bandwidths of every level. DRAM's are sampled again and again: on a shared host they change within seconds."""
+
+    thread_counts: list[int]
+    tally: Tally
+    caches: dict[str, int] = field(default_factory=cache_bytes)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+        self._huge = aligned_empty(max(4 * min(self.caches["l3"], 128 * MIB), 256 * MIB))
+        self._huge[:] = PATTERN
+        self._moves: dict[tuple[str, int], Move] = {}
+        self._lay_small_pages()
+        self._moves |= {
+            (f"dram_{move}", n): Move(move, n, self._huge)
+            for n in self.thread_counts
+            for move in filter(is_supported, MOVES)
         }
-        for name, n_bytes in sizes.items():
-            kind, part = "stream" if name == "dram_read" else name.split("_")[1], buffer[:n_bytes]
-            # Long enough beside the start of the threads: tens of megabytes for each.
-            repeats = max(1, (64 * MIB * n_threads if n_bytes < dram_bytes else 0) // n_bytes)
-            moved = kernels.probe_memory(kind, part, repeats)
-            times = sample(lambda k=kernels, kd=kind, p=part, r=repeats: k.probe_memory(kd, p, r), budget_s, 8)  # type: ignore[misc]
-            statistic = "median" if name.startswith("dram") else "max"
-            rate = measurement([moved / t / 1e9 for t in times], "GB/s", statistic, f"{n_bytes:,} bytes")
-            result.append(Roof(name=name, n_threads=n_threads, rate=rate))
-    return result
+        self._dram: dict[tuple[str, int], list[float]] = {}
+        self._cached: dict[tuple[str, int], list[float]] = {}
+        self._working_set: dict[tuple[str, int], int] = {key: move.n_bytes for key, move in self._moves.items()}
+        self.sample_dram()
+        slow = max(self._dram["dram_read", 1])
+        self.caches, self.notes = real_caches(
+            self.caches, lambda n: max(self._samples("read", 1, self._huge[:n], 10)), slow
+        )
+
+    def _lay_small_pages(self) -> None:
+        """Anew: how fast small pages are depends on where they happen to lie."""
+        self._small = aligned_empty(len(self._huge), huge_pages=False)
+        self._small[:] = PATTERN
+        self._moves |= {("dram_read_4k", n): Move("read", n, self._small) for n in self.thread_counts}
+
+    def sample_dram(self) -> None:
+        """One pass of every kind."""
+        for key, move in self._moves.items():
+            self._dram.setdefault(key, []).append(move.n_bytes / move.run().seconds / 1e9)
+
+    def measure_caches(self) -> None:
+        """Every level by every kind of move that caches hold (non-temporal stores pass them by); `read` in small pages too.
+        To be called again some seconds later: neighbours' bursts last one or two."""
+        self._lay_small_pages()
+        for n in self.thread_counts:
+            # Shares of a half: room for the rest of a process, and for the neighbours of a shared cache.
+            sizes = {"l1": self.caches["l1"] // 2, "l2": self.caches["l2"] // 2}
+            sizes["l3"] = max(2 * self.caches["l2"], self.caches["l3"] * 2 // 5 // n)
+            for level, each in sizes.items():
+                for suffix, buffer in (("", self._huge), ("_4k", self._small)):
+                    for move in filter(is_supported, CACHE_MOVES if not suffix else ("read",)):
+                        key = f"{level}_{move}{suffix}", n
+                        self._working_set[key] = n * each
+                        # Which places of a cache the lines fall on makes up to a tenth of difference: several are tried.
+                        for start in self._rng.integers((len(buffer) - n * each) // 4096, size=PLACES) * 4096:
+                            part = buffer[start : start + n * each]
+                            found = self._samples(move, n, part, CACHE_SAMPLES // PLACES)
+                            self._cached.setdefault(key, []).extend(found)
+
+    def _samples(self, move: str, n_threads: int, part: np.ndarray, n: int) -> list[float]:
+        probe = Move(move, n_threads, part)
+        rounds = _rounds(probe.run)
+        found = [(probe.n_bytes * rounds / 1e9, probe.run(rounds)) for _ in range(n)]
+        return _undisturbed(found, self.tally)
+
+    def finish(self) -> list[Roof]:
+        """All roofs. Of caches the most; of DRAM the upper quartile, since neighbours on the same memory slow many samples and
+        speed none up. `dram_read` is the better of plain reads and fetching ahead."""
+        dram = dict(self._dram)
+        for n in self.thread_counts:
+            if ahead := dram.pop(("dram_read_ahead", n), None):
+                dram["dram_read", n] = [max(pair) for pair in zip(dram["dram_read", n], ahead, strict=True)]
+        return [
+            Roof(
+                name=name,
+                n_threads=n,
+                rate=measurement(samples, "GB/s", "p75" if name.startswith("dram") else "max"),
+                working_set_bytes=self._working_set[name, n],
+            )
+            for (name, n), samples in (self._cached | dram).items()
+        ]
 
 
-def _dram_bytes() -> int:
-    return max(4 * cache_bytes()["l3"], 256 * MIB)
+def latencies(caches: dict[str, int]) -> dict[str, Measurement]:
+    """Seconds of one dependent access at every level: a random cycle over lines of half of L1 or L2, of four times L2 for L3
+    (more, and neighbours of the shared cache push some out), and of four times L3."""
+    sizes = {"l1": caches["l1"] // 2, "l2": caches["l2"] // 2, "l3": 4 * caches["l2"], "dram": 4 * caches["l3"]}
+    return {level: _latency(n_bytes) for level, n_bytes in sizes.items()}
 
 
-def dram_read_again(roof: Roof, n_samples: int = 8) -> Roof:
-    """The same roof with some more samples: on a shared host DRAM changes speed within seconds."""
-    kernels, buffer = Kernels(roof.n_threads), aligned_empty(_dram_bytes())
-    moved = kernels.probe_memory("stream", buffer)
-    times = [seconds_of(lambda: kernels.probe_memory("stream", buffer)) for _ in range(n_samples)]
-    old = roof.rate
-    samples = [*old.samples, *(moved / t / 1e9 for t in times)]
-    return Roof(name=roof.name, n_threads=roof.n_threads, rate=measurement(samples, old.unit, old.statistic, old.note))
-
-
-def dram_latency() -> Measurement:
-    """Seconds of one dependent access: a random cycle over four times the last cache, a line each."""
-    n_lines = 4 * cache_bytes()["l3"] // 64
+def _latency(n_bytes: int) -> Measurement:
+    n_lines = n_bytes // 64
     order = np.random.default_rng(0).permutation(n_lines)
     links = aligned_empty(n_lines * 64).view(np.int64)
     links[order * 8] = np.roll(order, -1) * 8
-    chase, steps = Chase(links), 200_000
-    chase.follow(steps)
-    return measurement([seconds_of(lambda: chase.follow(steps)) / steps for _ in range(9)], "s")
+    chase = Chase(links)
+    steps = 200_000
+    chase.follow(max(2 * n_lines, steps) if n_bytes < 16 * MIB else steps)
+    return measurement([seconds_of(lambda: chase.follow(steps)) / steps for _ in range(LATENCY_SAMPLES)], "s")

@@ -12,12 +12,12 @@ import numpy as np
 from specmoeoff.errors import MissingCapability
 from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty
-from specmoeoff.roofline.fits import fit_transfer
+from specmoeoff.roofline.fits import TransferFit, fit_transfer
 from specmoeoff.roofline.timing import measurement, modes
-from specmoeoff.specs.profile import DiskLink
+from specmoeoff.specs.profile import DiskLink, DiskPoint
 
 KIB, MIB = 1 << 10, 1 << 20
-CHUNKS = (256 * KIB, MIB, 4 * MIB)
+CHUNKS = (64 * KIB, 256 * KIB, MIB, 4 * MIB)
 READERS = (1, 2, 4)
 TEST_BYTES = 512 * MIB
 SAMPLE_S = 0.05  # as long as a slice of recalibration: what is compared is measured alike
@@ -93,28 +93,50 @@ class Reader:
         return sum(counts) / (time.perf_counter() - begun)
 
 
-def measure_disk(path: Path | None, budget_s: float) -> DiskLink:
-    """Best chunk and number of readers, then many samples of those. Raises MissingCapability without O_DIRECT."""
-    with test_file(path) as file:
+class Disk:
+    """The best chunk and number of readers, then ever more samples of those: shared disks change speed within seconds.
+
+    Raises MissingCapability without O_DIRECT.
+    """
+
+    def __init__(self, file: Path, budget_s: float) -> None:
         os.close(open_direct(file))
-        trials = {(c, n): Reader(file, n, c) for c in CHUNKS for n in READERS}
-        share_s = budget_s * 0.35 / len(trials) / 2
-        rates = {key: [reader.read(share_s) for _ in range(2)] for key, reader in trials.items()}
-        best = max(rates, key=lambda key: float(np.median(rates[key])))
-        reader = trials[best]
-        samples = [reader.read(SAMPLE_S) / 1e9 for _ in range(max(8, int(budget_s * 0.55 / SAMPLE_S)))]
-        latency, bandwidth, error = _fit(file, best[1])
-    return DiskLink(
-        read_gb_per_s=measurement(samples, "GB/s", "median", f"{bandwidth / 1e9:.2f} GB/s from the fit of one request"),
-        latency_s=measurement([latency], "s", note="from the fit of one request"),
-        chunk_bytes=best[0],
-        n_readers=best[1],
-        modes_gb_per_s=modes(samples),
-        fit_error=error,
-    )
+        self._file = file
+        self._readers = {(c, n): Reader(file, n, c) for c in CHUNKS for n in READERS}
+        self._rates: dict[tuple[int, int], list[float]] = {key: [] for key in self._readers}
+        for _ in range(max(2, int(budget_s / len(self._readers) / SAMPLE_S))):
+            for key in self._readers:
+                self._read(key)
+        self._best = max(self._rates, key=lambda key: float(np.median(self._rates[key])))
+
+    def _read(self, key: tuple[int, int]) -> None:
+        self._rates[key].append(self._readers[key].read(SAMPLE_S) / 1e9)
+
+    def sample(self) -> None:
+        """Two samples more of the best."""
+        for _ in range(2):
+            self._read(self._best)
+
+    def link(self) -> DiskLink:
+        """All of it."""
+        chunk_bytes, n_readers = self._best
+        samples, fit = self._rates[self._best], _fit(self._file, n_readers)
+        note = f"{fit.bytes_per_s / 1e9:.2f} GB/s from the fit of one request"
+        return DiskLink(
+            read_gb_per_s=measurement(samples, "GB/s", "median", note),
+            latency_s=measurement([fit.latency_s], "s", note="from the fit of one request"),
+            chunk_bytes=chunk_bytes,
+            n_readers=n_readers,
+            modes_gb_per_s=modes(samples),
+            fit_error=fit.fit_error,
+            sweep=tuple(
+                DiskPoint(chunk_bytes=c, n_readers=n, gb_per_s=measurement(found, "GB/s"))
+                for (c, n), found in self._rates.items()
+            ),
+        )
 
 
-def _fit(file: Path, n_readers: int) -> tuple[float, float, float]:
+def _fit(file: Path, n_readers: int) -> TransferFit:
     """Latency and bandwidth of single requests of growing size."""
     sizes = (4 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB)
     descriptor = open_direct(file)

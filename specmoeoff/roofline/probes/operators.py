@@ -248,8 +248,11 @@ class Pass:
         return samples
 
 
-def measure_operators(spec: ModelSpec, n_threads: int, budget_s: float, rounds: int = 7) -> list[OperatorTable]:
-    """The tables of one model and thread count. Sizes take turns, so that a change of speed hits all alike."""
+def measure_operators(
+    spec: ModelSpec, n_threads: int, budget_s: float, rounds: int = 7, between: Callable[[], None] = lambda: None
+) -> list[OperatorTable]:
+    """The tables of one model and thread count. Sizes take turns, so that a change of speed hits all alike; `between` is
+    called after every round."""
     bench = Bench(spec, n_threads)
     passes = {rows: Pass(bench, rows) for rows in ROWS}
     over_context = {(t, c): bench.over_context(t, c) for t in TOKENS for c in bench.contexts}
@@ -263,6 +266,7 @@ def measure_operators(spec: ModelSpec, n_threads: int, budget_s: float, rounds: 
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
         for (tokens, context), measure in over_context.items():
             samples.setdefault(("attention", tokens, context), []).append(measure())
+        between()
         n_rounds += 1
     return _tables(bench, samples, n_rounds)
 

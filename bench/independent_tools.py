@@ -1,0 +1,126 @@
+"""Our probes against likwid-bench (memory) and fio (disk), taking turns: do they see the same machine?
+
+Prints one row per kind of move and writes bench/independent_tools.csv: median and interval of the paired ratios theirs /
+ours, where ours is the mean of a sample just before and just after theirs, since shared machines change speed within seconds.
+Needs Debian's packages likwid and fio; what is missing is left out, visibly.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median
+
+from specmoeoff.kernels.cpu import aligned_empty
+from specmoeoff.kernels.cpu.probes import Move
+from specmoeoff.roofline.probes.disk import Reader, test_file
+from specmoeoff.roofline.profile import machine
+from specmoeoff.roofline.timing import modes, paired_ratios
+
+PAIRS, MIB = 15, 1 << 20
+DRAM_BYTES, L2_BYTES = 384 * MIB, 512 << 10
+DISK_S = 1.0
+MOVES = {
+    "read": "load_avx512",
+    "store": "store_avx512",
+    "nt_store": "store_mem_avx512",
+    "copy": "copy_avx512",
+    "triad": "stream_avx512",
+}
+
+
+def likwid(kernel: str, n_bytes: int, n_threads: int, passes: int) -> float:
+    """GB/s; bytes counted as the program moves them, like ours."""
+    command = ["likwid-bench", "-t", kernel, "-w", f"S0:{n_bytes // 1000}kB:{n_threads}", "-i", str(passes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"MByte/s:\s+([\d.]+)", done.stdout)
+    assert found, done.stdout
+    return float(found[1]) / 1e3
+
+
+def fio(path: Path, reader_count: int, chunk_bytes: int) -> float:
+    """GB/s of O_DIRECT reads."""
+    command = [
+        *("fio", "--name=read", f"--filename={path}", "--direct=1", "--rw=read", f"--bs={chunk_bytes}"),
+        *(f"--numjobs={reader_count}", "--ioengine=psync", "--time_based", f"--runtime={DISK_S}", "--group_reporting"),
+        *("--readonly", "--thread", "--output-format=json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"]) / 1e9
+
+
+def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], tool: str) -> dict[str, object]:
+    """One row of the table."""
+    ours(), theirs()
+    found: list[tuple[float, float]] = []
+    before = ours()
+    for _ in range(PAIRS):
+        other, after = theirs(), ours()
+        found.append((other, fmean([before, after])))
+        before = after
+    ratio, low, high, _ = paired_ratios([f[0] for f in found], [f[1] for f in found])
+    row: dict[str, object] = {
+        "what": name,
+        "tool": tool,
+        "ours_gb_per_s": round(median(f[1] for f in found), 2),
+        "theirs_gb_per_s": round(median(f[0] for f in found), 2),
+        "theirs_over_ours": round(ratio, 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
+        "our_modes": " ".join(f"{m:.1f}" for m in modes([f[1] for f in found])),
+        "their_modes": " ".join(f"{m:.1f}" for m in modes([f[0] for f in found])),
+        "cpu": machine().cpu,
+    }
+    print("  ".join(f"{k} {v}" for k, v in row.items() if k != "cpu"), flush=True)
+    return row
+
+
+def main() -> None:
+    rows = []
+    n_threads = len(os.sched_getaffinity(0))
+    if shutil.which("likwid-bench") and "avx512" in machine().isa:
+        for level, n_bytes, passes in (("dram", DRAM_BYTES, 24), ("l2", L2_BYTES * n_threads, 20_000)):
+            buffer = aligned_empty(n_bytes, huge_pages=False)  # as likwid-bench gets them
+            buffer[:] = 0x3E
+            for move, kernel in MOVES.items():
+                if level == "l2" and move.startswith("nt_"):
+                    continue
+                probe = Move(move, n_threads, buffer)
+                rounds = 12 if level == "dram" else 2000
+                rows.append(
+                    compare(
+                        f"{level}_{move}",
+                        lambda p=probe, r=rounds: p.n_bytes * r / p.run(r).seconds / 1e9,  # type: ignore[misc]
+                        lambda k=kernel, n=n_bytes, i=passes: likwid(k, n, n_threads, i),  # type: ignore[misc]
+                        "likwid-bench",
+                    )
+                )
+    else:
+        print("likwid-bench or AVX-512 is missing: memory is not compared (`apt-get install likwid`)")
+    if shutil.which("fio"):
+        with test_file(None) as path:
+            for n_readers, chunk in ((1, 4 * MIB), (4, MIB)):
+                reader = Reader(path, n_readers, chunk)
+                rows.append(
+                    compare(
+                        f"disk_read, {n_readers} readers of {chunk // MIB} MiB",
+                        lambda r=reader: r.read(DISK_S) / 1e9,  # type: ignore[misc]
+                        lambda n=n_readers, c=chunk, p=path: fio(p, n, c),  # type: ignore[misc]
+                        "fio",
+                    )
+                )
+    else:
+        print("fio is missing: the disk is not compared (`apt-get install fio`)")
+    if rows:
+        with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

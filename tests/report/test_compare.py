@@ -1,0 +1,125 @@
+"""Two files, number by number: the worst first, above 1 is better, and a gate for rates."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specmoeoff.cli import app
+from specmoeoff.compare import compare
+from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.record import RunRecord, Window
+
+
+def scaled(profile: HardwareProfile, name: str, by: float) -> HardwareProfile:
+    """One memory roof made faster or slower."""
+    roofs = [
+        r.model_copy(update={"rate": r.rate.model_copy(update={"value": r.rate.value * by})}) if r.name == name else r
+        for r in profile.memory
+    ]
+    return profile.model_copy(update={"memory": tuple(roofs)})
+
+
+@pytest.fixture
+def record() -> RunRecord:
+    window = Window(
+        label="tuned",
+        start_s=0.0,
+        duration_s=0.5,
+        draft_length=4,
+        live=16,
+        prefill_rows=0,
+        rows=80,
+        tokens=60,
+        mean_context=100.0,
+        disk_bytes=0,
+        busy_s={},
+        phases_s={},
+        experts_used=8.0,
+    )
+    return RunRecord(
+        kind="run",
+        created="",
+        tool_version="0",
+        plan_sha256="",
+        model_name="m",
+        machine_fingerprint="",
+        n_requests=1,
+        n_tokens=600,
+        duration_s=6.0,
+        disk_bytes_planned=0,
+        disk_bytes_read=0,
+        rss_planned_bytes=1000,
+        rss_peak_bytes=1000,
+        windows=(window,),
+    )
+
+
+@pytest.fixture
+def files(shipped: HardwareProfile, record: RunRecord, tmp_path: Path) -> dict[str, Path]:
+    slower = record.model_copy(update={"duration_s": 12.0, "rss_peak_bytes": 500})
+    contents = {"p": shipped, "slow": scaled(shipped, "dram_read", 0.9), "r": record, "slow-r": slower}
+    for name, content in contents.items():
+        content.save(tmp_path / f"{name}.json")
+    return {name: tmp_path / f"{name}.json" for name in contents}
+
+
+def call(*arguments: object) -> None:
+    app(["compare", *map(str, arguments)], standalone_mode=False)
+
+
+@pytest.mark.parametrize("name", ["p", "r"])
+def test_a_file_equals_itself(files: dict[str, Path], name: str) -> None:
+    rows = compare(files[name], files[name])
+    assert {r.ratio for r in rows} == {1.0}
+    assert len(rows) > 4
+    call(files[name], files[name], "--fail-under", "1")
+
+
+def test_a_slower_roof_comes_first_and_fails_the_gate(files: dict[str, Path]) -> None:
+    rows = compare(files["p"], files["slow"])
+    assert [r.name for r in rows[:2]] == ["dram_read, 1 threads", "dram_read, 2 threads"]
+    assert rows[0].ratio == pytest.approx(0.9)
+    with pytest.raises(AnswerIsNo, match=r"below 0.95 of .*: dram_read, 1 threads 0.900; dram_read, 2 threads 0.900\."):
+        call(files["p"], files["slow"], "--fail-under", "0.95")
+    call(files["p"], files["slow"], "--fail-under", "0.89")
+    call(files["slow"], files["p"], "--fail-under", "0.95")
+    call(files["p"], files["slow"])
+
+
+def test_above_one_is_better_whatever_the_unit(files: dict[str, Path]) -> None:
+    ratios = {r.name: r.ratio for r in compare(files["r"], files["slow-r"])}
+    assert ratios["all"] == 0.5
+    assert ratios["peak RSS"] == 2.0
+    assert ratios["read from disk"] == 1.0
+
+
+def test_only_rates_are_gated(files: dict[str, Path], record: RunRecord, tmp_path: Path) -> None:
+    record.model_copy(update={"rss_peak_bytes": 4000}).save(tmp_path / "fat.json")
+    call(files["r"], tmp_path / "fat.json", "--fail-under", "0.95")
+
+
+def test_json_lists_all(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    call(files["p"], files["slow"], "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["name"] == "dram_read, 1 threads"
+    assert [r["ratio"] for r in rows] == sorted(r["ratio"] for r in rows)
+    assert len(rows) == len(compare(files["p"], files["slow"]))
+
+
+def test_what_cannot_be_compared_is_said_in_one_sentence(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "odd.json").write_text('{"kind": ["run"]}')
+    for b, words in (
+        (files["r"], "is a hardware profile and .* a run record; give two of a kind"),
+        (tmp_path / "list.json", "neither a hardware profile nor a run record"),
+        (tmp_path / "odd.json", "neither a hardware profile nor a run record"),
+        (tmp_path / "broken.json", "not a profile or run record"),
+        (tmp_path / "absent.json", "no such profile or run record"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            call(files["p"], b)
+    with pytest.raises(BadInput, match="--fail-under nan: give a number"):
+        call(files["p"], files["p"], "--fail-under", "nan")

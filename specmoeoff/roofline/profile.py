@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
@@ -227,8 +227,17 @@ def measure_profile(
         process_bytes=runtime_process_bytes(checkpoint),
         waived=waived,
         quality=quality,
-        libraries={name: version(name) for name in LIBRARIES},
+        libraries=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that numbers depend on, where installed."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _merged(one: Roof, other: Roof) -> Roof:

@@ -51,3 +51,8 @@ def test_the_runtime_process_is_counted_with_what_it_imports() -> None:
 
 def test_the_doctor_names_a_remedy_for_all_that_is_missing() -> None:
     assert all(f.remedy for f in examine() if f.status == "missing")
+
+
+def test_libraries_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "LIBRARIES", ("numpy", "no-such-library"))
+    assert list(profiles._versions()) == ["numpy"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import product
-from math import inf
+from math import inf, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from specmoeoff.specs.record import RunRecord
 
 RATES = ("GB/s", "GFLOP/s", "GOP/s", "tokens/s", "x")
 Numbers = dict[str, tuple[float, str]]
+Modes = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def compare(a: Path, b: Path) -> list[Row]:
     if type(first) is not type(second):
         raise BadInput(f"{a} is a {first.what} and {b} a {second.what}; give two of a kind.")
     ours, theirs = _numbers(first), _numbers(second)
+    if isinstance(first, HardwareProfile) and isinstance(second, HardwareProfile):
+        _same_modes(ours, theirs, first.quality.modes, second.quality.modes)
     rows = [
         Row(name, unit, value, theirs[name][0])
         for name, (value, unit) in ours.items()
@@ -51,6 +54,15 @@ def compare(a: Path, b: Path) -> list[Row]:
     if not rows:
         raise BadInput(f"{a} and {b} have no number in common.")
     return sorted(rows, key=lambda row: row.ratio)
+
+
+def _same_modes(ours: Numbers, theirs: Numbers, our_modes: Modes, their_modes: Modes) -> None:
+    """A machine that flips between two speeds is compared speed by speed: in place of each value, the two that are nearest."""
+    for name in {*our_modes, *their_modes} & ours.keys() & theirs.keys():
+        (a, unit), (b, _) = ours[name], theirs[name]
+        pairs = product(our_modes.get(name, (a,)), their_modes.get(name, (b,)))
+        a, b = min(pairs, key=lambda pair: abs(log(pair[0] / pair[1])))
+        ours[name], theirs[name] = (a, unit), (b, unit)
 
 
 def _load(path: Path) -> HardwareProfile | RunRecord:
@@ -79,7 +91,7 @@ def _of_profile(profile: HardwareProfile) -> Numbers:
     for level, latency in profile.latency_s.items():
         found[f"{level} latency"] = (latency.value, latency.unit)
     if profile.disk:
-        found["disk read"] = (profile.disk.read_gb_per_s.value, "GB/s")
+        found["disk"] = (profile.disk.read_gb_per_s.value, "GB/s")
         found["disk latency"] = (profile.disk.latency_s.value, "s")
     for link in profile.links:
         name = f"{link.direction}, {link.host_memory}, beside {link.beside.replace('_', ' ')}"

@@ -28,7 +28,6 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, OperatorTable, Quality, Roof
 
 GIB = 1 << 30
-BUSY_PRESSURE = 20.0
 ABOVE_PEAK = 1.02
 LAST_S = 5.0
 LIBRARIES = ("numpy", "torch", "optuna", "scipy")
@@ -180,9 +179,10 @@ def measure_profile(
             share_s = (begun + budget_s - time.perf_counter()) / (len(todo) - i)
             rounds = 9 if n_threads == me.n_cores else 3
             tables += measure_operators(spec, n_threads, share_s, rounds, sample_again)
-        # Bursts of a shared machine's other guests last a second or two: caches and library once more, or as often as is time.
+        # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
         while True:
-            progress("caches and library again", 0.95)
+            progress("peaks and caches again", 0.95)
+            peaks = [_merged(*pair) for pair in zip(peaks, cpu_probes.peaks(counts, tally)[0], strict=True)]
             memory.measure_caches()
             products = [_merged(*pair) for pair in zip(products, gemm_peaks(counts)[0], strict=True)]
             for _ in range(4):
@@ -196,18 +196,18 @@ def measure_profile(
     clock.append(cpu_probes.clock_ghz())
     roofs = [*memory.finish(), *(r for r in on_gpu if r.rate.unit == "GB/s")]
     stolen, ticks = (now - then for now, then in zip(_steal(), steal, strict=True))
+    stolen_share = stolen / ticks if ticks else 0.0
+    contended = max(tally.waited_share, stolen_share) > cpu_probes.CONTENDED_SHARE
+    busy = f"other work kept the CPU {tally.waited_share:.0%} of the time, and the host {stolen_share:.0%}: medians are too low"
     quality = Quality(
-        contended=(pressure or 0.0) > BUSY_PRESSURE or tally.waited_share > cpu_probes.CONTENDED_SHARE,
+        contended=contended,
         pressure_percent=pressure,
-        steal_percent=100 * stolen / ticks if ticks else None,
+        steal_percent=100 * stolen_share,
         waited_share=tally.waited_share,
         clock_ghz=tuple(clock),
         modes=_modes(roofs, link),
-        notes=(*memory.notes, *_disorder(roofs), *_above_peak([*peaks, *products])),
+        notes=(*([busy] if contended else []), *memory.notes, *_disorder(roofs), *_above_peak([*peaks, *products])),
     )
-    if quality.contended:
-        busy = f"other work kept the CPU {tally.waited_share:.0%} of the time (pressure {pressure or 0:.0f} %)"
-        quality = quality.model_copy(update={"notes": (f"{busy}: medians are too low", *quality.notes)})
     if strict and quality.notes:
         raise AnswerIsNo(f"the machine could not be measured well: {'; '.join(quality.notes)}.")
     progress("done", 1.0)

@@ -123,3 +123,25 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(files: dict[str, Path],
             call(files["p"], b)
     with pytest.raises(BadInput, match="--fail-under nan: give a number"):
         call(files["p"], files["p"], "--fail-under", "nan")
+
+
+def test_speeds_that_a_machine_flips_between_are_compared_speed_by_speed(
+    made_up_profile: HardwareProfile, tmp_path: Path
+) -> None:
+    def flipping(value: float, *modes: float) -> HardwareProfile:
+        name = "dram_read, 2 threads"
+        one = scaled(made_up_profile, "dram_read", value / roof(made_up_profile))
+        quality = one.quality.model_copy(update={"modes": {name: modes} if modes else {}})
+        return one.model_copy(update={"quality": quality})
+
+    def roof(profile: HardwareProfile) -> float:
+        return next(r.rate.value for r in profile.memory if r.name == "dram_read")
+
+    def ratio(a: HardwareProfile, b: HardwareProfile) -> float:
+        a.save(tmp_path / "a.json"), b.save(tmp_path / "b.json")
+        rows = compare(tmp_path / "a.json", tmp_path / "b.json")
+        return next(r.ratio for r in rows if r.name == "dram_read, 2 threads")
+
+    assert ratio(flipping(40.0, 33.0, 58.0), flipping(57.0)) == pytest.approx(57 / 58)
+    assert ratio(flipping(40.0, 33.0, 58.0), flipping(55.0, 32.0, 60.0)) == pytest.approx(32 / 33)
+    assert ratio(flipping(40.0), flipping(50.0)) == pytest.approx(50 / 40)

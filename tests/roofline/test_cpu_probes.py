@@ -136,3 +136,12 @@ def test_a_cache_larger_than_it_is_is_found_out(told: int) -> None:
 def test_peaks_of_unknown_names_do_not_exist() -> None:
     with pytest.raises(KeyError):
         Peak("fp7_fma", 1)
+
+
+def test_a_real_machine_with_a_made_up_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.cache_bytes()["l3"] > 80 * MIB:
+        pytest.skip("this L3 is really large")
+    monkeypatch.setattr(cpu, "cache_bytes", lambda: TOLD | {"l3": 320 * MIB})
+    memory = cpu.Memory([1], Tally(), caches=cpu.cache_bytes())
+    assert memory.caches["l3"] <= 80 * MIB
+    assert "the system tells of 320 MiB of L3" in memory.notes[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specmoeoff.errors import MissingCapability
+from specmoeoff.errors import AnswerIsNo, MissingCapability
 from specmoeoff.roofline import profile as profiles
 from specmoeoff.roofline.doctor import examine
 from specmoeoff.roofline.probes import disk
@@ -56,3 +56,17 @@ def test_the_doctor_names_a_remedy_for_all_that_is_missing() -> None:
 def test_libraries_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "LIBRARIES", ("numpy", "no-such-library"))
     assert list(profiles._versions()) == ["numpy"]
+
+
+def test_a_contended_machine_is_marked_and_strictly_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(disk, "TEST_BYTES", 32 << 20)
+    monkeypatch.setattr(profiles.cpu_probes, "CONTENDED_SHARE", -1.0)
+    found = measure_profile([], 1.0)
+    assert found.quality.contended
+    assert "other work kept the CPU" in found.quality.notes[0]
+    assert len(found.quality.clock_ghz) == 3
+    assert 0 < min(found.quality.clock_ghz) <= max(found.quality.clock_ghz) < 10
+    with pytest.raises(AnswerIsNo, match="could not be measured well: other work kept the CPU"):
+        measure_profile([], 1.0, strict=True)
+    assert all(reason for name, reason in found.waived.items() if name.startswith("gpu_"))

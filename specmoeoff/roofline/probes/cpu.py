@@ -15,7 +15,7 @@ KIB, MIB = 1 << 10, 1 << 20
 DEFAULT_CACHES = {"l1": 32 * KIB, "l2": 1 * MIB, "l3": 32 * MIB}
 SAMPLE_S = 1e-3
 PEAK_SAMPLES, CACHE_SAMPLES, LATENCY_SAMPLES = 200, 60, 9
-PLACES = 4
+PLACES, TURN = 4, 10
 PATTERN = 0x3E  # not zeros, which some memory systems carry for less
 ON_CPU = 0.98  # samples during which a thread had to wait for its CPU are dropped, where enough others are left
 CONTENDED_SHARE = 0.05  # of the time
@@ -85,18 +85,19 @@ def _rounds(run: Callable[[int], Timed], seconds: float = SAMPLE_S) -> int:
 
 def peaks(thread_counts: list[int], tally: Tally) -> tuple[list[Roof], dict[str, str]]:
     """Instruction peaks in GFLOP/s (GOP/s for integers), and why others are missing: the most of 200 samples of a
-    millisecond. A busy machine is given a second chance."""
+    millisecond. Instructions take turns, so that a neighbour's burst hits all alike."""
     result = []
+    names = [name for name in PEAKS if is_supported(name)]
     for n_threads in thread_counts:
-        for name in filter(is_supported, PEAKS):
-            peak = Peak(name, n_threads)
-            rounds = _rounds(lambda r, p=peak: p.run(r)[1])  # type: ignore[misc]
-            found, these = [], Tally()
-            while len(found) < PEAK_SAMPLES or (len(found) < 2 * PEAK_SAMPLES and these.waited_share > CONTENDED_SHARE):
-                found.append(peak.run(rounds))
-                these.add([found[-1][1]])
+        probes = {name: Peak(name, n_threads) for name in names}
+        rounds = {name: _rounds(lambda r, p=peak: p.run(r)[1]) for name, peak in probes.items()}  # type: ignore[misc]
+        found: dict[str, list[tuple[float, Timed]]] = {name: [] for name in names}
+        for _ in range(PEAK_SAMPLES // TURN):
+            for name, peak in probes.items():
+                found[name] += [peak.run(rounds[name]) for _ in range(TURN)]
+        for name in names:
             unit = "GOP/s" if name in INTEGER else "GFLOP/s"
-            rates = [rate / 1e9 for rate in _undisturbed(found, tally)]
+            rates = [rate / 1e9 for rate in _undisturbed(found[name], tally)]
             result.append(Roof(name=name, n_threads=n_threads, rate=measurement(rates, unit, "max")))
     return result, {name: reason for name, reason in MISSING.items() if not is_supported(name)}
 
@@ -150,8 +151,9 @@ class Memory:
         self._dram: dict[tuple[str, int], list[float]] = {}
         self._cached: dict[tuple[str, int], list[float]] = {}
         self._working_set: dict[tuple[str, int], int] = {key: move.n_bytes for key, move in self._moves.items()}
-        self.sample_dram()
-        slow = max(self._dram["dram_read", 1])
+        for _ in range(4):
+            self.sample_dram()
+        slow = max(max(self._dram[kind, 1]) for kind in ("dram_read", "dram_read_ahead"))
         self.caches, self.notes = real_caches(
             self.caches, lambda n: max(self._samples("read", 1, self._huge[:n], 10)), slow
         )

@@ -38,7 +38,7 @@ from specmoeoff.specs.record import (
 )
 from specmoeoff.specs.workload import Workload
 
-WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.20, 0.10, 0.02
+WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.15, 0.10, 0.02
 LOSSLESS_TOKENS = 64
 SWEEP_LENGTHS = (1, 2, 4, 8)
 

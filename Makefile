@@ -4,24 +4,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench soak build clean
+.PHONY: demo test lint sanitize bench soak build clean
 
 demo: $(VENV)/installed
 	$(BIN)/specmoeoff auto --model demo
 
-test: lint
+test: lint sanitize
 	$(BIN)/pytest
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The C code under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks; the C code frees nothing.
+SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_cpu.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8
+
+sanitize: $(VENV)/developing
+	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
+	cmake --build build/sanitized --parallel
+	$(SANITIZED) $(BIN)/pytest tests/kernels
+	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
+
 # One script per claim; each prints a table and writes one CSV.
 bench: $(VENV)/developing
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
-# The long runs: every kernel property with many more random cases.
+# The long runs: every kernel property with many more random cases, and a million sets of arguments.
 soak: $(VENV)/developing
+	$(BIN)/python tests/kernels/soak.py --cases 1000000
 	SPECMOEOFF_EXAMPLES=3000 $(BIN)/pytest tests/kernels tests/estimate --timeout 7200
 
 # After a change of C code.

@@ -66,7 +66,9 @@ def plan_memory(
 ) -> PlanMemory:
     """Bytes by tier and purpose. `draft` counts only where the plan drafts with it."""
     stride, rows = expert_stride(spec), max_rows(decode)
-    workspace = workspace_bytes(spec, rows, decode.context_tokens) + scratch_bytes(layer_shape(spec), rows, n_threads)
+    workspace = workspace_bytes(spec, rows, decode.context_tokens) + scratch_bytes(
+        layer_shape(spec), rows, decode.context_tokens, n_threads
+    )
     host = {
         "process": process_bytes,
         "dense_weights": dense_bytes(spec),

@@ -127,6 +127,19 @@ def test_head_chooses_the_highest_logit_and_the_lowest_index_on_ties(isa: str, v
     assert np.array_equal(out, again)
 
 
+def dense_shape(heads: int, kv_heads: int, dim: int) -> cpu.LayerShape:
+    return cpu.LayerShape(
+        hidden=16,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=dim,
+        intermediate=2,
+        n_experts=1,
+        n_active=1,
+        rms_eps=1e-5,
+    )
+
+
 @dataclass
 class Layer:
     """A random layer with its plain weights."""
@@ -338,6 +351,71 @@ def test_verify_attention_reads_what_was_appended(isa: str, dim: int) -> None:
         close(reference.bf16_to_f64(out), exact.reshape(n, -1), 2 * BF16_EPS, float(np.abs(values).max()))
 
 
+def random_pages(rng: np.random.Generator, n_pages: int, kv_heads: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values as append leaves them, of ordinary size."""
+    shapes = (n_pages, kv_heads, dim // 2, cpu.PAGE_TOKENS, 2), (n_pages, kv_heads, cpu.PAGE_TOKENS // 2, dim, 2)
+    return tuple(bf16(rng, *shape) for shape in shapes)  # type: ignore[return-value]
+
+
+def verified(
+    kernels: cpu.Kernels,
+    shape: cpu.LayerShape,
+    pages: tuple[np.ndarray, ...],
+    table: np.ndarray,
+    query: np.ndarray,
+    ends: list,
+) -> np.ndarray:
+    """Of requests whose last tokens are `query` (n, width) each, ending at `ends`; (n_requests, n, width) bf16."""
+    n, out = query.shape[1], np.empty((query.shape[0] * query.shape[1], query.shape[2]), np.uint16)
+    starts = (np.arange(len(ends) + 1) * n).astype(np.int32)
+    batch = cpu.Batch(starts, (np.array(ends) - n).astype(np.int32), table.astype(np.int32))
+    kernels.verify_attention(shape, batch, *pages, np.ascontiguousarray(query.reshape(out.shape)), out)
+    return out.reshape(query.shape)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [(4, 2, 64, 3), (9, 3, 16, 17), (2, 2, 128, 1)])
+def test_ranges_of_a_long_context_are_merged_to_what_float64_finds(
+    isa: str, heads: int, kv_heads: int, dim: int, n: int
+) -> None:
+    """Requests that end just before, at, just after a range's end, and in the third range."""
+    rng, ends = np.random.default_rng(heads), [4095, 4096, 4097, 4100, 8200]
+    shape = dense_shape(heads, kv_heads, dim)
+    pages, table = random_pages(rng, 5 * 129, kv_heads, dim), rng.permutation(5 * 129).reshape(5, 129)
+    query = bf16(rng, 5 * n, heads * dim, scale=2 * dim**-0.5).reshape(5, n, -1)
+    out = verified(cpu.Kernels(2, isa), shape, pages, table, query, ends)
+    for i, end in enumerate(ends):
+        keys, values = reference.unpack_pages(*pages, table[i], end)
+        exact = reference.attention(reference.bf16_to_f64(query[i]).reshape(n, heads, dim), keys, values, end - n)
+        assert np.abs(reference.bf16_to_f64(out[i]) - exact.reshape(n, -1)).max() < BF16_EPS * np.abs(values).max()
+
+
+@settings(max_examples=int(os.environ.get("SPECMOEOFF_EXAMPLES", "25")), deadline=None)
+@given(
+    n=st.integers(1, 30),
+    end=st.integers(4060, 4200),
+    others=st.integers(0, 9),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_attention_rows_do_not_know_how_the_work_is_split(
+    n: int, end: int, others: int, threads: int, seed: int
+) -> None:
+    """Alone or in a batch, in a chunk or by itself, with any number of threads, before and after a range's end."""
+    rng, (heads, kv_heads, dim) = np.random.default_rng(seed), [(4, 2, 32), (3, 3, 16), (8, 1, 48)][seed % 3]
+    shape = dense_shape(heads, kv_heads, dim)
+    pages, table = (
+        random_pages(rng, 67 * (others + 1), kv_heads, dim),
+        rng.permutation(67 * (others + 1)).reshape(-1, 67),
+    )
+    query = bf16(rng, (others + 1) * n, heads * dim, scale=dim**-0.5).reshape(others + 1, n, -1)
+    ends = [end, *(int(e) for e in rng.integers(n, 4288, others))]
+    for isa in cpu.supported_isas():
+        together = verified(cpu.Kernels(threads, isa), shape, pages, table, query, ends)[0]
+        row = int(rng.integers(n))
+        alone = verified(cpu.Kernels(1, isa), shape, pages, table[:1], query[:1, row : row + 1], [end - n + row + 1])
+        assert np.array_equal(together[row], alone[0, 0])
+
+
 @settings(max_examples=int(os.environ.get("SPECMOEOFF_EXAMPLES", "25")), deadline=None)
 @given(m=st.integers(1, 60), half=st.integers(1, 70), threads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_expert_and_head_rows_do_not_know_their_neighbours(m: int, half: int, threads: int, seed: int) -> None:
@@ -407,9 +485,9 @@ def test_wrong_arguments_are_named() -> None:
         kernels.linear(x, weight, 3, out[:1])
     with pytest.raises(ValueError, match="page_table"):
         cpu.Batch(np.array([0, 1], np.int32), np.array([64], np.int32), np.zeros((1, 1), np.int32))
-    with pytest.raises(ValueError, match="x: the row length must be a multiple of 16, not 20"):
+    with pytest.raises(ValueError, match="x: the row length must be a positive multiple of 16, not 20"):
         kernels.combine(np.zeros((1, 20), np.float32), np.zeros((1, 20), np.float32), np.ones((1, 1), np.float32))
-    with pytest.raises(ValueError, match="x: the row length must be a multiple of 16, not 18"):
+    with pytest.raises(ValueError, match="x: the row length must be a positive multiple of 16, not 18"):
         kernels.head_argmax(
             np.zeros((1, 18), np.float32), np.ones(18, np.float32), 1e-5, weight, 3, np.zeros(1, np.int32)
         )

@@ -1,5 +1,6 @@
 /* AVX2 with FMA: bf16 is widened by a shift or a mask; the low element of a pair is added first. */
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -33,6 +34,7 @@ static inline __m256 round_(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_
 static inline V v_round(V x) { return EACH(round_(x.a), round_(x.b)); }
 static inline __m256 scale_(__m256 x, __m256 n)
 {
+    n = _mm256_max_ps(n, _mm256_set1_ps(-127.f)); /* and what is smaller becomes 0 */
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
 }
@@ -57,7 +59,9 @@ static inline PAIRS v_pairs(const uint16_t *p)
 }
 static inline PAIRS v_pair_all(const uint16_t *p)
 {
-    __m256i all = _mm256_set1_epi32(*(const int *)p);
+    int pair;
+    memcpy(&pair, p, sizeof pair); /* p may lie between two ints */
+    const __m256i all = _mm256_set1_epi32(pair);
     return (PAIRS){all, all};
 }
 static inline __m256 dot_(__m256 acc, __m256i x, __m256i y)
@@ -90,8 +94,14 @@ static inline V v_first(V v, int count, float fill)
     return v_load(lanes);
 }
 
+static inline int v_any_above(V x, V y)
+{
+    const __m256 above = _mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+    return _mm256_movemask_ps(above) != 0;
+}
+
 #include "isa_body.h"
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};
+const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};

@@ -1,5 +1,6 @@
 /* AVX-512 with the bf16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and newer). */
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -22,9 +23,15 @@ typedef __m512i PAIRS;
 #define v_sum(a) _mm512_reduce_add_ps(a)
 #define v_highest(a) _mm512_reduce_max_ps(a)
 #define v_pairs(p) _mm512_loadu_si512(p)
-#define v_pair_all(p) _mm512_set1_epi32(*(const int *)(p))
 #define v_dot(acc, a, b) _mm512_dpbf16_ps(acc, (__m512bh)(b), (__m512bh)(a))
 #define v_store_bf16(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)_mm512_cvtneps_pbh(v))
+
+static inline __m512i v_pair_all(const uint16_t *p)
+{
+    int pair;
+    memcpy(&pair, p, sizeof pair); /* p may lie between two ints */
+    return _mm512_set1_epi32(pair);
+}
 
 /* Lanes 0 .. count-1 of v, `fill` in the others. */
 static inline __m512 v_first(__m512 v, int count, float fill)
@@ -32,6 +39,8 @@ static inline __m512 v_first(__m512 v, int count, float fill)
     __mmask16 keep = count <= 0 ? 0 : count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1);
     return _mm512_mask_blend_ps(keep, _mm512_set1_ps(fill), v);
 }
+
+#define v_any_above(a, b) (_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0)
 
 #include "isa_body.h"
 
@@ -41,4 +50,4 @@ static int supported(void)
            __builtin_cpu_supports("avx512bf16");
 }
 
-const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};
+const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};

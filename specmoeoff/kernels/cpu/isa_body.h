@@ -3,27 +3,32 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void tile_body(const int rows, const int vectors, const uint16_t *const *x, const uint16_t *w, size_t w_stride,
-                      int pairs, int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_step)
+INLINE void tile_body(const int rows, const int vectors, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride,
+                      int pairs, int piece_pairs, int accumulate, float *out, size_t out_stride, const char *const *next,
+                      size_t next_step)
 {
-    const char *fetch = (const char *)next;
     V acc[TILE_ROWS][COLUMNS / LANES];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) acc[r][j] = accumulate ? v_load(out + r * out_stride + j * LANES) : v_zero();
-    for (int p = 0; p < pairs; p++, w += w_stride, fetch += next_step) {
-        PAIRS strip[COLUMNS / LANES];
+    for (int piece = 0, first = 0; first < pairs; piece++, first += piece_pairs) {
+        const int last = pairs - first < piece_pairs ? pairs : first + piece_pairs;
+        const uint16_t *row = w[piece];
+        const char *fetch = next[piece];
+        for (int p = first; p < last; p++, row += w_stride, fetch += next_step) {
+            PAIRS strip[COLUMNS / LANES];
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) {
-            strip[j] = v_pairs(w + j * 2 * LANES);
-            __builtin_prefetch(fetch + j * 4 * LANES, 0, 2);
-        }
+            for (int j = 0; j < vectors; j++) {
+                strip[j] = v_pairs(row + j * 2 * LANES);
+                __builtin_prefetch(fetch + j * 4 * LANES, 0, 2);
+            }
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            PAIRS value = v_pair_all(x[r] + 2 * p);
+            for (int r = 0; r < rows; r++) {
+                PAIRS value = v_pair_all(x[r] + 2 * p);
 #pragma GCC unroll 4
-            for (int j = 0; j < vectors; j++) acc[r][j] = v_dot(acc[r][j], value, strip[j]);
+                for (int j = 0; j < vectors; j++) acc[r][j] = v_dot(acc[r][j], value, strip[j]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -33,26 +38,34 @@ INLINE void tile_body(const int rows, const int vectors, const uint16_t *const *
 }
 
 #define TILE(R, N)                                                                                                     \
-    static void tile_##R##_##N(const uint16_t *const *x, const uint16_t *w, size_t ws, int pairs, int acc, float *out, \
-                               size_t os, const uint16_t *next, size_t step)                                           \
+    static void tile_##R##_##N(const uint16_t *const *x, const uint16_t *const *w, size_t ws, int pairs, int piece,    \
+                               int acc, float *out, size_t os, const char *const *next, size_t step)                   \
     {                                                                                                                  \
-        tile_body(R, N, x, w, ws, pairs, acc, out, os, next, step);                                                    \
+        tile_body(R, N, x, w, ws, pairs, piece, acc, out, os, next, step);                                             \
     }
 
-typedef void (*tile_fn)(const uint16_t *const *, const uint16_t *, size_t, int, int, float *, size_t, const uint16_t *, size_t);
+typedef void (*tile_fn)(const uint16_t *const *, const uint16_t *const *, size_t, int, int, int, float *, size_t,
+                        const char *const *, size_t);
 
 #if SMALL_TILES
 /* Registers for 3 rows of 16 columns at most. */
 TILE(1, 1) TILE(2, 1) TILE(3, 1)
 static const tile_fn TILES[4] = {0, tile_1_1, tile_2_1, tile_3_1};
 
-static void tile(int rows, const uint16_t *const *x, const uint16_t *w, size_t w_stride, int pairs, int vectors,
-                 int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_step)
+static void tile(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int pairs, int piece_pairs,
+                 int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step)
 {
-    for (int r = 0; r < rows; r += 3)
-        for (int j = 0; j < vectors; j++)
-            TILES[rows - r < 3 ? rows - r : 3](x + r, w + j * 2 * LANES, w_stride, pairs, accumulate,
-                                               out + r * out_stride + j * LANES, out_stride, next + j * 2 * LANES, next_step);
+    for (int j = 0; j < vectors; j++) {
+        const uint16_t *part[MAX_PIECES];
+        const char *fetch[MAX_PIECES];
+        for (int piece = 0; piece * piece_pairs < pairs; piece++) {
+            part[piece] = w[piece] + j * 2 * LANES;
+            fetch[piece] = next[piece] + j * 4 * LANES;
+        }
+        for (int r = 0; r < rows; r += 3)
+            TILES[rows - r < 3 ? rows - r : 3](x + r, part, w_stride, pairs, piece_pairs, accumulate,
+                                               out + r * out_stride + j * LANES, out_stride, fetch, next_step);
+    }
 }
 #else
 TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4) TILE(3, 1) TILE(3, 2) TILE(3, 3)
@@ -61,10 +74,10 @@ TILE(6, 3) TILE(6, 4)
 #define TILES_OF(R) {0, tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
 static const tile_fn TILES[7][5] = {{0}, TILES_OF(1), TILES_OF(2), TILES_OF(3), TILES_OF(4), TILES_OF(5), TILES_OF(6)};
 
-static void tile(int rows, const uint16_t *const *x, const uint16_t *w, size_t w_stride, int pairs, int vectors,
-                 int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_step)
+static void tile(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int pairs, int piece_pairs,
+                 int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step)
 {
-    TILES[rows][vectors](x, w, w_stride, pairs, accumulate, out, out_stride, next, next_step);
+    TILES[rows][vectors](x, w, w_stride, pairs, piece_pairs, accumulate, out, out_stride, next, next_step);
 }
 #endif
 
@@ -119,31 +132,62 @@ static void add_scaled(float *x, float a, const float *y, int n)
     for (int i = 0; i < n; i += LANES) v_store(x + i, v_add(v_load(x + i), v_mul(v_all(a), v_load(y + i))));
 }
 
-static void softmax(const float *scores, int visible, float *maximum, float *sum, float *output, int n,
-                    uint16_t *probabilities)
+/* 2^x for x <= 127, exactly 1 for 0. Degree-3 minimax polynomial of 2^fraction: relative error 1e-4, where bf16 rounds by 2e-3. */
+INLINE V v_exp2(V x)
 {
-    enum { VECTORS = PAGE_TOKENS / LANES };
-    V score[VECTORS], highest = v_all(-1e30f);
+    V whole = v_round(x);
+    V f = v_sub(x, whole);
+    V p = v_fma(v_all(5.500892923e-2f), f, v_all(2.422109544e-1f));
+    p = v_fma(p, f, v_all(6.932829022e-1f));
+    return v_scale(v_fma(p, f, v_all(1.f)), whole);
+}
+
+INLINE void softmax_body(const int full, const float *scores, int visible, float *reference, float *sums, float *output, int n,
+                         uint16_t *probabilities)
+{
+    enum { VECTORS = BLOCK_TOKENS / LANES };
+    const V log2e = v_all(1.44269504f);
+    V score[VECTORS], highest = v_all(LOWEST);
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
-        score[j] = v_first(v_load(scores + j * LANES), visible - j * LANES, -1e30f);
+        score[j] = v_load(scores + j * LANES);
+        if (!full) score[j] = v_first(score[j], visible - j * LANES, LOWEST);
         highest = v_max(highest, score[j]);
     }
-    float block_maximum = v_highest(highest);
-    if (block_maximum > *maximum) {
-        V factor = v_exp(v_all(*maximum - block_maximum));
-        float first[LANES];
-        v_store(first, factor);
-        if (*sum == 0.f) first[0] = 0.f; /* nothing accumulated: the clamped exponential must not matter */
-        *maximum = block_maximum;
-        *sum *= first[0];
-        factor = v_all(first[0]);
+    if (v_any_above(highest, v_all(*reference + SLACK))) {
+        const float found = v_highest(highest);
+        const V factor = v_exp(v_all(*reference - found)); /* of nothing yet: about 0, times 0 */
+        *reference = found;
+        v_store(sums, v_mul(v_load(sums), factor));
         for (int i = 0; i < n; i += LANES) v_store(output + i, v_mul(v_load(output + i), factor));
     }
-    V total = v_zero();
+    const V shift = v_all(-1.44269504f * *reference);
+    V total = v_load(sums);
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
-        V p = v_first(v_exp(v_sub(score[j], v_all(*maximum))), visible - j * LANES, 0.f);
+        V p = v_exp2(v_fma(score[j], log2e, shift));
+        if (!full) p = v_first(p, visible - j * LANES, 0.f);
         total = v_add(total, p);
         v_store_bf16(probabilities + j * LANES, p);
     }
-    *sum += v_sum(total);
+    v_store(sums, total);
+}
+
+static void softmax(const float *scores, int visible, float *reference, float *sums, float *output, int n, uint16_t *probabilities)
+{
+    if (visible >= BLOCK_TOKENS) softmax_body(1, scores, visible, reference, sums, output, n, probabilities);
+    else softmax_body(0, scores, visible, reference, sums, output, n, probabilities);
+}
+
+static float sum_of(const float *lanes) { return v_sum(v_load(lanes)); }
+
+static void merge(float *reference, float *sums, float *output, float other, const float *other_sums, const float *other_output,
+                  int n)
+{
+    const float highest = other > *reference ? other : *reference;
+    const V mine = v_exp(v_all(*reference - highest)), its = v_exp(v_all(other - highest));
+    *reference = highest;
+    v_store(sums, v_add(v_mul(v_load(sums), mine), v_mul(v_load(other_sums), its)));
+    for (int i = 0; i < n; i += LANES)
+        v_store(output + i, v_add(v_mul(v_load(output + i), mine), v_mul(v_load(other_output + i), its)));
 }

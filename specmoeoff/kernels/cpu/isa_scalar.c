@@ -27,7 +27,7 @@ static inline V v_max(V x, V y) { EACH(x.f[i] > y.f[i] ? x.f[i] : y.f[i]); }
 static inline V v_min(V x, V y) { EACH(x.f[i] < y.f[i] ? x.f[i] : y.f[i]); }
 static inline V v_fma(V x, V y, V z) { EACH(x.f[i] * y.f[i] + z.f[i]); }
 static inline V v_round(V x) { EACH(rintf(x.f[i])); }
-static inline V v_scale(V x, V n) { EACH(ldexpf(x.f[i], (int)n.f[i])); }
+static inline V v_scale(V x, V n) { EACH(ldexpf(x.f[i], n.f[i] > -200.f ? (int)n.f[i] : -200)); }
 static inline float v_sum(V x)
 {
     float sum = 0.f;
@@ -74,8 +74,15 @@ static inline void v_store_bf16(uint16_t *p, V v)
 /* Lanes 0 .. count-1 of v, `fill` in the others. */
 static inline V v_first(V v, int count, float fill) { EACH(i < count ? v.f[i] : fill); }
 
+static inline int v_any_above(V x, V y)
+{
+    int any = 0;
+    for (int i = 0; i < LANES; i++) any |= x.f[i] > y.f[i];
+    return any;
+}
+
 #include "isa_body.h"
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax};
+const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};

@@ -10,10 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention.h"
 #include "kernels.h"
 #include "threads.h"
+#include "tiles.h"
 
-enum { GROUP_ROWS = 48, ATTENTION_ROWS = 48, MAX_GROUP_POINTERS = GROUP_ROWS };
+enum { GROUP_ROWS = 48 };
 
 static const isa_t *const ISAS[] = {
 #if defined(__x86_64__)
@@ -24,10 +26,6 @@ static const isa_t *const ISAS[] = {
 };
 
 /* ---- packing ------------------------------------------------------------------------------------------------------------ */
-
-static size_t align64(size_t n) { return (n + 63) / 64 * 64; }
-static int strips(int n) { return (n + COLUMNS - 1) / COLUMNS; }
-static size_t strip_elements(int n_in) { return (size_t)n_in * COLUMNS; }
 
 int smo_isa_count(void) { return (int)(sizeof ISAS / sizeof *ISAS); }
 const char *smo_isa_name(int i) { return ISAS[i]->name; }
@@ -75,28 +73,6 @@ void smo_pack_expert(const uint16_t *gate, const uint16_t *up, const uint16_t *d
                    (size_t)(i % 2)] = down[(size_t)o * intermediate + i];
 }
 
-/* n rows against `pairs` rows of a strip, in even tiles: 7 rows are 4 + 3, not 6 + 1. While they compute, the tiles share the
- * fetching of `next_bytes` at `next` into the L2 cache: memory is read at a steady rate, however many rows use a strip. */
-static void tiles(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, size_t w_stride, int pairs, int vectors,
-                  int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_bytes)
-{
-    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const size_t step = next_bytes / (size_t)(n_tiles * pairs) + 1;
-    for (int r = 0, t = 0; t < n_tiles; t++) {
-        const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
-        isa->tile(rows, x + r, w, w_stride, pairs, vectors, accumulate, out + (size_t)r * out_stride, out_stride,
-                  (const uint16_t *)((const char *)next + (size_t)t * (size_t)pairs * step), step);
-        r += rows;
-    }
-}
-
-/* One strip for n rows: out[r][0 .. 64). Columns are computed in whole vectors up to `columns`. `next`: the strip after it. */
-static void strip_rows(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, int n_in, int columns, float *out,
-                       size_t out_stride, const uint16_t *next)
-{
-    tiles(isa, x, n, w, 2 * COLUMNS, n_in / 2, (columns + LANES - 1) / LANES, 0, out, out_stride, next, 2 * strip_elements(n_in));
-}
-
 /* out (M, n_out) = x . w^T for all threads of the region; ends with a barrier. `add_to` adds to what out holds. */
 static void linear_rows(const isa_t *isa, const uint16_t *x, int m, int n_in, const uint16_t *w, int n_out, float *out, int add_to)
 {
@@ -135,14 +111,6 @@ void smo_rmsnorm(int isa, int threads, const float *x, int m, int n, const float
 
 /* ---- attention ---------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    const layer_shape_t *shape;
-    const batch_t *batch;
-    uint16_t *k_pages, *v_pages; /* k: [page][kv head][dim / 2][64][2], v: [page][kv head][32][dim][2] */
-} attention_t;
-
-static size_t page_elements(const layer_shape_t *s) { return (size_t)s->n_kv_heads * s->head_dim * PAGE_TOKENS; }
-
 /* Rotate and store one row's keys and values; scale and round its queries. qkv: (heads + 2 kv heads) * dim floats. */
 static void append_row(const isa_t *isa, const attention_t *a, const layer_t *layer, int request, int row, float *qkv, uint16_t *query)
 {
@@ -178,82 +146,12 @@ static void append_row(const isa_t *isa, const attention_t *a, const layer_t *la
     }
 }
 
-/* One KV head of one request for some of its folded rows (token, query head of the group): online softmax over pages. */
-static void attend(const isa_t *isa, const attention_t *a, int request, int head, int first_row, int n, const uint16_t *query,
-                   uint16_t *result)
-{
-    const layer_shape_t *s = a->shape;
-    const batch_t *b = a->batch;
-    const int dim = s->head_dim, group = s->n_heads / s->n_kv_heads, width = s->n_heads * dim;
-    float scores[ATTENTION_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
-    float output[ATTENTION_ROWS * 256] __attribute__((aligned(64)));
-    uint16_t probabilities[ATTENTION_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
-    const uint16_t *queries[ATTENTION_ROWS], *weights[ATTENTION_ROWS];
-    float maximum[ATTENTION_ROWS], sum[ATTENTION_ROWS];
-    int limit[ATTENTION_ROWS];
-
-    for (int r = 0; r < n; r++) {
-        const int token = (first_row + r) / group, lane = (first_row + r) % group;
-        queries[r] = query + (size_t)(b->row_start[request] + token) * width + (size_t)(head * group + lane) * dim;
-        weights[r] = probabilities + r * PAGE_TOKENS;
-        limit[r] = b->first_position[request] + token + 1;
-        maximum[r] = -1e30f;
-        sum[r] = 0.f;
-    }
-    memset(output, 0, sizeof(float) * (size_t)n * dim);
-    for (int block = 0; block * PAGE_TOKENS < limit[n - 1]; block++) {
-        const size_t base = (size_t)b->page_table[(size_t)request * b->max_pages + block] * page_elements(s) +
-                            (size_t)head * dim * PAGE_TOKENS;
-        const uint16_t *keys = a->k_pages + base, *values = a->v_pages + base;
-        const int visible = limit[n - 1] - block * PAGE_TOKENS, used = visible < PAGE_TOKENS ? visible : PAGE_TOKENS;
-        const uint16_t *next_keys = keys;
-        if ((block + 1) * PAGE_TOKENS < limit[n - 1])
-            next_keys = a->k_pages + (size_t)b->page_table[(size_t)request * b->max_pages + block + 1] * page_elements(s) +
-                        (size_t)head * dim * PAGE_TOKENS;
-        strip_rows(isa, queries, n, keys, dim, used, scores, PAGE_TOKENS, values);
-        for (int r = 0; r < n; r++)
-            isa->softmax(scores + r * PAGE_TOKENS, limit[r] - block * PAGE_TOKENS, &maximum[r], &sum[r], output + r * dim, dim,
-                         probabilities + r * PAGE_TOKENS);
-        for (int column = 0; column < dim; column += COLUMNS) {
-            const int columns = dim - column < COLUMNS ? dim - column : COLUMNS;
-            tiles(isa, weights, n, values + 2 * column, 2 * (size_t)dim, (used + 1) / 2, columns / LANES, 1, output + column,
-                  (size_t)dim, next_keys + (size_t)column * PAGE_TOKENS, (size_t)columns * PAGE_TOKENS * 2);
-        }
-    }
-    for (int r = 0; r < n; r++) {
-        const int token = (first_row + r) / group, lane = (first_row + r) % group;
-        isa->to_bf16(output + r * dim, 1.f / sum[r], dim,
-                     result + (size_t)(b->row_start[request] + token) * width + (size_t)(head * group + lane) * dim);
-    }
-}
-
-static int attention_chunks(const layer_shape_t *s, const batch_t *b, int request)
-{
-    const int rows = (b->row_start[request + 1] - b->row_start[request]) * (s->n_heads / s->n_kv_heads);
-    return (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-}
-
-static void attend_all(const isa_t *isa, const attention_t *a, const uint16_t *query, uint16_t *result)
-{
-    const layer_shape_t *s = a->shape;
-    const batch_t *b = a->batch;
-    int longest = 0;
-    for (int r = 0; r < b->n_requests; r++) longest = attention_chunks(s, b, r) > longest ? attention_chunks(s, b, r) : longest;
-#pragma omp for schedule(dynamic, 1)
-    for (int item = 0; item < b->n_requests * s->n_kv_heads * longest; item++) {
-        const int request = item / (s->n_kv_heads * longest), head = item / longest % s->n_kv_heads, chunk = item % longest;
-        const int rows = (b->row_start[request + 1] - b->row_start[request]) * (s->n_heads / s->n_kv_heads);
-        const int first = chunk * ATTENTION_ROWS, left = rows - first;
-        if (left > 0) attend(isa, a, request, head, first, left < ATTENTION_ROWS ? left : ATTENTION_ROWS, query, result);
-    }
-}
-
 /* query, result: (n_rows, n_heads * head_dim) bf16, query scaled and rotated. */
 void smo_verify_attention(int isa, int threads, const layer_shape_t *shape, const batch_t *batch, uint16_t *k_pages,
-                          uint16_t *v_pages, const uint16_t *query, uint16_t *result)
+                          uint16_t *v_pages, const uint16_t *query, uint16_t *result, unsigned char *scratch)
 {
     const attention_t a = {shape, batch, k_pages, v_pages};
-    EACH_THREAD(threads, attend_all(ISAS[isa], &a, query, result));
+    EACH_THREAD(threads, attend_all(ISAS[isa], &a, query, result, (float *)scratch));
 }
 
 /* The n_active largest logits, lowest index first among equals; weights are their softmax. */
@@ -275,10 +173,14 @@ static void route(const float *logits, int n_experts, int n_active, int32_t *ind
 
 static size_t qkv_width(const layer_shape_t *s) { return (size_t)(s->n_heads + 2 * s->n_kv_heads) * s->head_dim; }
 
-size_t smo_attention_scratch_bytes(const layer_shape_t *s, int m)
+/* Of a batch of m rows whose longest request ends at position `end`: for attention alone, and for the whole block. */
+size_t smo_partial_bytes(const layer_shape_t *s, int m, int end) { return partial_bytes(s, m, end); }
+
+size_t smo_attention_scratch_bytes(const layer_shape_t *s, int m, int end)
 {
     const size_t rows = (size_t)m, width = (size_t)s->n_heads * s->head_dim;
-    return align64(rows * qkv_width(s) * 4) + 2 * align64(rows * width * 2) + align64(rows * (size_t)s->n_experts * 4);
+    return align64(rows * qkv_width(s) * 4) + 2 * align64(rows * width * 2) + align64(rows * (size_t)s->n_experts * 4) +
+           partial_bytes(s, m, end);
 }
 
 /* The attention block of one layer, for all threads of the region; ends with a barrier. */
@@ -299,7 +201,7 @@ static void attention_rows(const isa_t *isa, const layer_t *layer, const attenti
     for (int request = 0; request < b->n_requests; request++)
         for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
             append_row(isa, a, layer, request, r, qkv + (size_t)r * qkv_columns, query + (size_t)r * width);
-    attend_all(isa, a, query, result);
+    attend_all(isa, a, query, result, logits + align64((size_t)m * (size_t)s->n_experts * 4) / 4);
     linear_rows(isa, result, m, width, layer->o, s->hidden, x, 1);
 #pragma omp for schedule(static)
     for (int r = 0; r < m; r++) {

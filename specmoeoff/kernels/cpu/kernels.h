@@ -10,15 +10,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 64, TILE_ROWS = 6 };
+enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 64, TILE_ROWS = 6, BLOCK_PAGES = 2, MAX_PIECES = BLOCK_PAGES };
+enum { BLOCK_TOKENS = BLOCK_PAGES * PAGE_TOKENS };
+#define LOWEST (-1e30f)
+/* A row's reference follows its highest score only when that exceeds it by more: what is above 1 is as exact as what is below. */
+#define SLACK 8.f
 
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; strip row p at w + p * w_stride. rows in 1 .. TILE_ROWS.
-     * Meanwhile fetches what comes next: 64 * vectors bytes at next + p * next_step (bytes) for every pair. */
-    void (*tile)(int rows, const uint16_t *const *x, const uint16_t *w, size_t w_stride, int pairs, int vectors,
-                 int accumulate, float *out, size_t out_stride, const uint16_t *next, size_t next_step);
+    /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; the strip lies in pieces of piece_pairs rows, row p of one at
+     * w[piece] + p * w_stride. rows in 1 .. TILE_ROWS. Meanwhile fetches what comes next: 64 * vectors bytes at
+     * next[piece] + p * next_step (bytes) for every pair. */
+    void (*tile)(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int pairs, int piece_pairs,
+                 int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step);
     /* out = bf16(x * rsqrt(mean(x^2) + eps) * weight); n a multiple of 16 */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
     /* out = bf16(scale * x); n a multiple of 16 */
@@ -29,9 +34,13 @@ typedef struct {
     void (*add)(float *x, const float *y, int n);
     /* x += a * y, product rounded before the sum; n a multiple of 16 */
     void (*add_scaled)(float *x, float a, const float *y, int n);
-    /* One online-softmax step over 64 scores of which the first `visible` count: probabilities become bf16 and exactly 0
-     * beyond; maximum, sum and output (n floats) stay consistent. */
-    void (*softmax)(const float *scores, int visible, float *maximum, float *sum, float *output, int n, uint16_t *probabilities);
+    /* One online-softmax step over BLOCK_TOKENS scores of which the first `visible` count: probabilities, e^(score - reference),
+     * become bf16 and exactly 0 beyond; reference, sums (one a lane) and output (n floats) stay consistent. */
+    void (*softmax)(const float *scores, int visible, float *reference, float *sums, float *output, int n, uint16_t *probabilities);
+    float (*sum_of)(const float *lanes);
+    /* Adds what another range found; references, sums and outputs as softmax leaves them. */
+    void (*merge)(float *reference, float *sums, float *output, float other, const float *other_sums, const float *other_output,
+                  int n);
 } isa_t;
 
 extern const isa_t isa_scalar;

@@ -96,14 +96,21 @@ def _of_profile(profile: HardwareProfile) -> Numbers:
     for link in profile.links:
         name = f"{link.direction}, {link.host_memory}, beside {link.beside.replace('_', ' ')}"
         found[name] = (link.gb_per_s, "GB/s")
-        found[f"{name}: latency"] = (link.latency_s, "s")
-    if profile.cpu_slowdown_beside_disk:
-        found["compute beside the disk"] = (profile.cpu_slowdown_beside_disk.value, "times slower")
+        if link.latency_s is not None:
+            found[f"{name}: latency"] = (link.latency_s, "s")
+        if link.pcie_gb_per_s:
+            found["PCIe lanes"] = (link.pcie_gb_per_s, "GB/s")
     found["process before any model"] = (profile.process_bytes, "bytes")
     for table in profile.operators:
         for at, seconds in zip(product(*table.grid), table.seconds, strict=True):
             sizes = ", ".join(f"{axis} {value:g}" for axis, value in zip(table.axes, at, strict=True))
             found[f"{table.operator} of {table.shape}, {table.n_threads} threads, {sizes}"] = (seconds, "s")
+        for slowed in table.beside:
+            sizes = f"{table.axes[0]} {slowed.size:g}, beside {slowed.lane}"
+            found[f"{table.operator} of {table.shape}, {table.n_threads} threads, {sizes}"] = (
+                slowed.ratio.value,
+                "times slower",
+            )
     return found
 
 

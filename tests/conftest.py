@@ -5,6 +5,7 @@ import pytest
 
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import DiskLink, HardwareProfile, Machine, Measurement, OperatorTable, Roof
+from specmoeoff.specs.record import RunRecord
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 
 
@@ -147,4 +148,25 @@ def made_up_workload(target_spec: ModelSpec, draft_spec: ModelSpec) -> Workload:
         union_exponent=0.8,
         union=(UnionPoint(requests=1, tokens=1, distinct=2.0),),
         n_tokens_measured=1000,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_record(made_up_profile: HardwareProfile) -> RunRecord:
+    """Of a validation that measured nothing yet."""
+    return RunRecord(
+        kind="validate",
+        created="2026-01-01T00:00:00+00:00",
+        tool_version="0",
+        plan_sha256="0",
+        model_name="target",
+        machine_fingerprint=made_up_profile.machine.fingerprint,
+        n_requests=0,
+        n_tokens=0,
+        duration_s=0.0,
+        disk_bytes_planned=0,
+        disk_bytes_read=0,
+        rss_planned_bytes=0,
+        rss_peak_bytes=0,
+        windows=(),
     )

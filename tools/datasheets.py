@@ -1,16 +1,26 @@
 """Writes the shipped datasheet profiles into specmoeoff/profiles/machines: `python tools/datasheets.py`.
 
 All facts are here: what vendors state of a GPU, and of the processor and disk of one host it is typically found in. GPU
-rates are dense, without sparsity; tensor rates accumulate in fp32.
+rates are dense, without sparsity; tensor rates accumulate in fp32. Comments name a page that repeats the vendor's numbers;
+"not found" precedes those no page was found for; of no processor were FLOPs a cycle.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, Measurement, Roof
+from specmoeoff.specs.profile import (
+    PCIE_LANE_GB_PER_S,
+    DiskLink,
+    HardwareProfile,
+    LinkCurve,
+    Machine,
+    Measurement,
+    Roof,
+)
 
 TARGET = Path(__file__).parents[1] / "specmoeoff" / "profiles" / "machines"
 MIB, GIB = 1 << 20, 1 << 30
+N_LANES = 16
 UNMEASURED = "a datasheet states none; run `specmoeoff profile --model` on the machine itself"
 
 
@@ -48,29 +58,49 @@ class Gpu(NamedTuple):
 
 
 CPUS = {
+    # Not found.
     "6230": Cpu("Intel Xeon Gold 6230", 20, 2.1, 64, "avx2", 27.5, 6, 2933),
+    # technical.city/en/cpu/Xeon-Gold-6256-vs-Xeon-Gold-6426Y; not found: memory speed.
     "6426Y": Cpu("Intel Xeon Gold 6426Y", 16, 2.5, 64, "avx512bf16", 37.5, 8, 4800),
+    # Not found.
     "5418Y": Cpu("Intel Xeon Gold 5418Y", 24, 2.0, 64, "avx512bf16", 45, 8, 4400),
+    # servethehome.com/intel-xeon-max-9480-deep-dive (cores, channels), wccftech.com (DDR5-4800); not found: clock, cache.
     "8480+": Cpu("Intel Xeon Platinum 8480+", 56, 2.0, 64, "avx512bf16", 105, 8, 4800),
+    # techgage.com/article/amd-epyc-milan-launch-performance and AnandTech's review of Milan, both.
     "7443": Cpu("AMD EPYC 7443", 24, 2.85, 32, "avx2", 128, 8, 3200),
     "7763": Cpu("AMD EPYC 7763", 64, 2.45, 32, "avx2", 256, 8, 3200),
+    # Not found.
     "5950X": Cpu("AMD Ryzen 9 5950X", 16, 3.4, 32, "avx2", 64, 2, 3200),
+    # web-autoai.com/articles/amd-ryzen-9-7950x-16-core-32-thread-high-end-cpu
     "7950X": Cpu("AMD Ryzen 9 7950X", 16, 4.5, 32, "avx512bf16", 64, 2, 5200),
+    # timdobbs.substack.com/p/the-amd-ryzen-9-9950x-cpu, but for the base clock (4.4 there; 4.3 not found).
     "9950X": Cpu("AMD Ryzen 9 9950X", 16, 4.3, 64, "avx512bf16", 64, 2, 5600),
 }
+# digit.in/reviews/general/samsung-970-evo-plus-nvme-m-2-ssd-250-gb-review-177943.html
 GEN3 = Disk("Samsung 970 EVO Plus (NVMe, PCIe 3.0 x4)", 3.5, 19_000)
+# digitec.ch/en/s1/product/samsung-990-pro-2000-gb-m2; not found: random reads at depth 1.
 GEN4 = Disk("Samsung 990 PRO (NVMe, PCIe 4.0 x4)", 7.45, 22_000)
 # The first two hosts are those of the SpecMoEOff paper, their memory included.
 HOSTS = {
+    # Tensor rate and bandwidth: the paper's Table 1; not found: fp32, int8.
     "a30": (Gpu("NVIDIA A30", 10.3, 165, 165, 330, 933, 4), "6426Y", 250, GEN4),
+    # hmc-tech.com/gpu/nvidia-geforce-rtx-4090-d
     "4090d": (Gpu("NVIDIA GeForce RTX 4090 D", 73.5, 147, 147, 588, 1008, 4), "5418Y", 190, GEN4),
+    # geektopia.es (2018-09-13, NVIDIA's announcement) and sysrqmts.com/en/gpus/nvidia/tesla/t4 (bandwidth, PCIe)
     "t4": (Gpu("NVIDIA T4", 8.1, None, 65, 130, 320, 3), "6230", 192, GEN3),
-    "l4": (Gpu("NVIDIA L4", 30.3, 121, 121, 242, 300, 4), "7443", 256, GEN4),
+    # store.sourcecode.com (int8 485 with sparsity, bandwidth) and fpsbench.com (fp32, PCIe); not found: bf16, fp16.
+    "l4": (Gpu("NVIDIA L4", 30.3, 121, 121, 242.5, 300, 4), "7443", 256, GEN4),
+    # glennklockwood.com/garden/processors/A100 and thundercompute.com/blog/nvidia-a100-specs-full-guide (bandwidth)
     "a100": (Gpu("NVIDIA A100 80GB PCIe", 19.5, 312, 312, 624, 1935, 4), "7763", 512, GEN4),
+    # archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html (with sparsity) and NVIDIA's product brief PB-11133 (bandwidth)
     "h100": (Gpu("NVIDIA H100 PCIe", 51, 756, 756, 1513, 2000, 5), "8480+", 512, GEN4),
+    # glennklockwood.com/garden/processors/h100 and itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html
     "h200": (Gpu("NVIDIA H200 SXM", 67, 989, 989, 1979, 4800, 5), "8480+", 1024, GEN4),
+    # holynerdvana.blogspot.com/2022/10 (fp16 accumulating in fp16, twice ours); not found: int8.
     "3090": (Gpu("NVIDIA GeForce RTX 3090", 35.6, 71, 71, 284, 936, 4), "5950X", 64, GEN4),
+    # waredb.com/processor/nvidia-geforce-rtx-4090
     "4090": (Gpu("NVIDIA GeForce RTX 4090", 82.6, 165, 165, 660, 1008, 4), "7950X", 64, GEN4),
+    # fpsbench.com (fp32, bandwidth) and spheron.network/blog/nvidia-rtx-5090-specs; not found: int8, fp16 in fp32.
     "5090": (Gpu("NVIDIA GeForce RTX 5090", 104.8, 209.5, 209.5, 838, 1792, 5), "9950X", 128, GEN4),
 }
 
@@ -157,19 +187,15 @@ def _disk(disk: Disk) -> DiskLink:
 
 
 def _link(generation: int, direction: str) -> LinkCurve:
-    """The raw rate of sixteen lanes, 128 of 130 bits of which are data. No curve: nobody states one."""
-    giga_transfers = {3: 8, 4: 16, 5: 32}[generation]
+    """The rate of sixteen lanes. No curve: nobody states one."""
     return LinkCurve(
         direction=direction,
         host_memory="pinned",
         beside="nothing",
-        sizes_bytes=(),
-        device_s=(),
-        end_to_end_s=(),
-        latency_s=0.0,
-        gb_per_s=round(giga_transfers * 16 * 128 / 130 / 8, 3),
-        n_half_bytes=0.0,
-        fit_error=0.0,
+        latency_s=None,
+        gb_per_s=round(PCIE_LANE_GB_PER_S[generation] * N_LANES, 3),
+        pcie_generation=generation,
+        pcie_width=N_LANES,
         provenance="datasheet",
     )
 

@@ -31,11 +31,11 @@ class Calibration:
 
 
 class ModelTimes:
-    """The operator tables of one model's shape."""
+    """The operators of one model's shape, while the disk runs at this share of its full speed."""
 
-    def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int) -> None:
+    def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int, disk_share: float) -> None:
         def table(operator: str) -> OperatorTimes:
-            return find_table(profile, operator, spec.shape_key, n_threads)
+            return find_table(profile, operator, spec.shape_key, n_threads, disk_share)
 
         self.spec = spec
         self.context, self.head = table("attention"), table("head")
@@ -66,39 +66,48 @@ class Prices:
         if profile.disk is None and calibration is None:
             reason = profile.waived.get("disk", "not measured")
             raise BadInput(f"profile {profile.name}: it has no disk link ({reason}); profile the machine again.")
-        self._target = ModelTimes(profile, spec, n_threads)
-        self._draft = ModelTimes(profile, draft, n_threads) if draft else None
         measured = calibration.disk_gb_per_s if calibration else profile.disk.read_gb_per_s.value  # type: ignore[union-attr]
         self.disk_gb_per_s = min(measured, disk_limit_gb_per_s or measured)
         self.stride = expert_stride(spec)
         self._load_s = self.stride / (self.disk_gb_per_s * 1e9)
         self._calibration = calibration or Calibration(measured)
-        # Measured at the disk's full speed; a capped disk takes its share of that from the memory bus and the cores.
-        beside = profile.cpu_slowdown_beside_disk
-        self._beside_disk = 1.0 + (beside.value - 1.0) * self.disk_gb_per_s / measured if beside else 1.0
+        # Of target and draft: alone, and beside the disk at the speed it may run.
+        self._times = {
+            streams: tuple(
+                ModelTimes(profile, model, n_threads, self.disk_gb_per_s / measured if streams else 0.0)
+                for model in (spec, draft)
+                if model
+            )
+            for streams in (False, True)
+        }
         self._memo: dict[tuple[object, ...], float] = {}
 
     def seconds(self, graph: Graph) -> list[float]:
         """Of every node; a load's is that of the whole expert."""
         streams = any(node.kind == "load" for node in graph.nodes)
-        beside = self._beside_disk if streams else 1.0
-        return [self._load_s if node.lane == "disk" else beside * self._price(node) for node in graph.nodes]
+        return [self._load_s if node.lane == "disk" else self._price(node, streams) for node in graph.nodes]
 
     def compute_floor(self, graph: Graph) -> tuple[float, float]:
         """Seconds of drafting, and of everything on the compute lane, whatever is resident and whatever runs beside."""
-        lane = [(node.kind, self._price(node)) for node in graph.nodes if node.lane == "cpu"]
+        lane = [(node.kind, self._price(node, False)) for node in graph.nodes if node.lane == "cpu"]
         return sum(s for kind, s in lane if kind == "draft"), sum(s for _, s in lane)
 
-    def _price(self, node: Node) -> float:
+    def _price(self, node: Node, streams: bool) -> float:
         uses = tuple((u.rows, u.probability) for u in node.experts)
-        key = (node.kind, node.rows, uses, len(node.requests), node.requests[0].context if node.requests else 0)
+        key = (
+            streams,
+            node.kind,
+            node.rows,
+            uses,
+            len(node.requests),
+            node.requests[0].context if node.requests else 0,
+        )
         if key not in self._memo:
             rows = max((u.rows for u in node.experts), default=node.rows)
-            self._memo[key] = self._operator(node) * self._calibration.scale(rows)
+            self._memo[key] = self._operator(node, *self._times[streams]) * self._calibration.scale(rows)
         return self._memo[key]
 
-    def _operator(self, node: Node) -> float:
-        target = self._target
+    def _operator(self, node: Node, target: ModelTimes, draft: ModelTimes | None = None) -> float:
         match node.kind:
             case "attention":
                 return target.block(node.rows) + target.over_context(node.requests)
@@ -109,13 +118,9 @@ class Prices:
             case "head":
                 return target.head(node.rows)
             case "draft":
-                return self._draft_step(node)
+                if draft is None:
+                    raise BadInput("the plan drafts with a model, but no draft model was given.")
+                layer = draft.dense_layer(node.rows) + draft.over_context(node.requests)
+                return draft.spec.n_layers * layer + draft.head(len(node.requests))
             case _:
                 return 0.0
-
-    def _draft_step(self, node: Node) -> float:
-        times = self._draft
-        if times is None:
-            raise BadInput("the plan drafts with a model, but no draft model was given.")
-        layer = times.dense_layer(node.rows) + times.over_context(node.requests)
-        return times.spec.n_layers * layer + times.head(len(node.requests))

@@ -1,7 +1,10 @@
 """Piecewise-linear reading of measured operator tables. Outside what was measured there is an error, not a number."""
 
 import bisect
+import math
 from functools import cached_property
+
+import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.specs.profile import HardwareProfile, OperatorTable
@@ -12,10 +15,15 @@ class OutOfRange(BadInput):
 
 
 class OperatorTimes:
-    """Seconds of one operator by one or two sizes."""
+    """Seconds of one operator by one or two sizes, while the disk runs at this share of its full speed: it takes that
+    share of memory bus and cores."""
 
-    def __init__(self, table: OperatorTable) -> None:
+    def __init__(self, table: OperatorTable, disk_share: float = 0.0) -> None:
         self._table = table
+        slowdowns = [
+            (math.log(s.size), disk_share * max(0.0, s.ratio.value - 1.0)) for s in table.beside if s.lane == "disk"
+        ]
+        self._slowdown = slowdowns if disk_share else []
 
     @cached_property
     def _rows(self) -> list[tuple[float, ...]]:
@@ -23,7 +31,16 @@ class OperatorTimes:
         return [tuple(self._table.seconds[i : i + width]) for i in range(0, len(self._table.seconds), width)]
 
     def __call__(self, *sizes: float) -> float:
-        """Seconds at these sizes."""
+        """Seconds at these sizes. Raises OutOfRange."""
+        return self._alone(*sizes) * (1.0 + self._longer(sizes[0]))
+
+    def _longer(self, size: float) -> float:
+        """By what share beside the disk: between the sizes measured on their logarithm, beyond them as at the nearest."""
+        if not self._slowdown:
+            return 0.0
+        return float(np.interp(math.log(max(size, 1.0)), *zip(*self._slowdown, strict=True)))
+
+    def _alone(self, *sizes: float) -> float:
         grid = self._table.grid
         if len(sizes) == 1:
             low, share = self._bracket(0, sizes[0])
@@ -55,11 +72,13 @@ class OperatorTimes:
         return low, 0.0 if high == low else (size - points[low]) / (points[high] - points[low])
 
 
-def find_table(profile: HardwareProfile, operator: str, shape: str, n_threads: int) -> OperatorTimes:
+def find_table(
+    profile: HardwareProfile, operator: str, shape: str, n_threads: int, disk_share: float = 0.0
+) -> OperatorTimes:
     """The table of an operator at a model's shape, or a sentence saying how to get it."""
     for table in profile.operators:
         if (table.operator, table.shape, table.n_threads) == (operator, shape, n_threads):
-            return OperatorTimes(table)
+            return OperatorTimes(table, disk_share)
     raise BadInput(
         f"profile {profile.name}: operator {operator} was not measured at shape {shape} with {n_threads} threads; "
         "run `specmoeoff profile --model` with this model."

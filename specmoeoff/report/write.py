@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from specmoeoff import __version__
 from specmoeoff.errors import BadInput
+from specmoeoff.estimate.accuracy import report as accuracy
 from specmoeoff.files import explain_os_errors, read_text, write_atomic
 from specmoeoff.roofline.curves import ceilings
 from specmoeoff.specs.model import ModelSpec
@@ -38,6 +39,8 @@ def write_report(
 
     What is missing is said in the report, with the command that supplies it. Raises BadInput for a bad points file.
     """
+    import pandas as pd
+
     from specmoeoff.report import figures
     from specmoeoff.report.roofline import roofline
 
@@ -72,6 +75,7 @@ def write_report(
     tables = {"numbers": numbers}
     if record:
         tables["pairs"] = figures.throughput_spread(record)
+        tables["accuracy"] = pd.DataFrame(accuracy(record, plan).rows)
     for name, table in tables.items():
         write_atomic(folder / f"{name}.csv", table.to_csv(index=False))
         written.append(folder / f"{name}.csv")
@@ -138,13 +142,21 @@ def all_numbers(
         rows.append(("disk latency", d.latency_s.value, "s", f"fitted, largest error {d.fit_error:.0%}"))
     for link in profile.links:
         name = f"{link.direction}, {link.host_memory}, beside {link.beside.replace('_', ' ')}"
-        rows.append((name, link.gb_per_s, "GB/s", link.provenance))
+        how, lanes = link.provenance, f"PCIe {link.pcie_generation}.0 x{link.pcie_width}" if link.pcie_width else ""
+        for what, value, unit, interval in (
+            (name, link.gb_per_s, "GB/s", link.interval_gb_per_s),
+            (f"{name}: latency", link.latency_s, "s", link.latency_interval_s),
+        ):
+            if value is not None:
+                width = f"95 % {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+                rows.append((what, value, unit, ", ".join(filter(None, (how, width, lanes)))))
     for level, latency in profile.latency_s.items():
         rows.append((f"{level} latency", latency.value, latency.unit, f"{latency.provenance}, {latency.statistic}"))
-    if profile.cpu_slowdown_beside_disk:
-        rows.append(
-            ("compute beside the disk", profile.cpu_slowdown_beside_disk.value, "times slower", "measured, median")
-        )
+    for table in profile.operators:
+        for slowed in table.beside:
+            name = f"{table.operator} of {table.shape}, {table.n_threads} threads, {table.axes[0]} {slowed.size:g}, beside {slowed.lane}"
+            ratio = slowed.ratio
+            rows.append((name, ratio.value, "times slower", f"{ratio.provenance}, {ratio.statistic}"))
     rows.append(("process before any model", profile.process_bytes, "bytes", "measured"))
     if workload:
         for name, a in workload.acceptance.items():
@@ -274,6 +286,7 @@ def _render(
         plan=plan,
         record=record,
         ups=ups,
+        accuracy=accuracy(record, plan) if record else None,
         sections=sections,
         script=script,
         missing=missing,

@@ -51,6 +51,32 @@ def fit_transfer(sizes: Sequence[float], seconds: Sequence[float]) -> TransferFi
     return TransferFit(float(latency), float(1.0 / per_byte), float(error))
 
 
+def transfer_intervals(
+    fit: TransferFit, sizes: Sequence[float], seconds: Sequence[float]
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """95 % intervals of `fit_transfer`'s latency (s) and rate (bytes/s); None below three sizes or where any rate would do.
+
+    From the scatter about the line: the covariance of an M-estimate (Huber, Robust Statistics, 1981, eq. 7.6.5) with
+    Student's t of n - 2. A bootstrap would need more samples a size than there is time for.
+    """
+    from scipy.special import stdtrit
+
+    if len(sizes) < 3:
+        return None
+    n, t = np.asarray(sizes, float), np.asarray(seconds, float)
+    unknowns = np.array([max(fit.latency_s, t.min() * 1e-6), 1 / fit.bytes_per_s])
+    design = np.stack([np.ones_like(n), n], axis=1) * unknowns / t[:, None]
+    scaled = ((fit.latency_s + n / fit.bytes_per_s) / t - 1.0) / NOISE
+    influence, slope = scaled / np.sqrt(1 + scaled**2), np.mean((1 + scaled**2) ** -1.5)
+    variance = NOISE**2 * np.sum(influence**2) / (len(n) - 2) / slope**2
+    spread = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
+    latency, per_byte = (unknowns * float(stdtrit(len(n) - 2, 0.975)) * spread).tolist()
+    if per_byte * fit.bytes_per_s >= 1:
+        return None
+    rates = (1 / (1 / fit.bytes_per_s + per_byte), 1 / (1 / fit.bytes_per_s - per_byte))
+    return (max(fit.latency_s - latency, 0.0), fit.latency_s + latency), rates
+
+
 def leave_one_out_error(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     """Median relative error of predicting each inner point linearly from its neighbours; None below three points."""
     if len(sizes) < 3:

@@ -21,8 +21,8 @@ from specmoeoff.roofline.probes import cpu as cpu_probes
 from specmoeoff.roofline.probes.disk import Disk, test_file
 from specmoeoff.roofline.probes.gpu import measure_gpu, waived_gpu
 from specmoeoff.roofline.probes.library import gemm_peaks
-from specmoeoff.roofline.probes.link import measure_links
-from specmoeoff.roofline.probes.operators import measure_operators, slowdown_beside_disk
+from specmoeoff.roofline.probes.link import impossible, measure_links
+from specmoeoff.roofline.probes.operators import measure_operators
 from specmoeoff.roofline.timing import measurement, modes
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, OperatorTable, Quality, Roof
@@ -151,13 +151,12 @@ def measure_profile(
     memory.measure_caches()
     latency = cpu_probes.latencies(memory.caches)
     tables: list[OperatorTable] = []
-    link = slowdown = None
+    link: DiskLink | None = None
     with ExitStack() as stack:
         progress("disk", 0.2)
         disk = None
         try:
-            file = stack.enter_context(test_file(disk_file))
-            disk = Disk(file, 0.05 * budget_s)
+            disk = Disk(stack.enter_context(test_file(disk_file)), 0.05 * budget_s)
         except (SpecMoEOffError, OSError) as error:
             waived["disk"] = str(error)
 
@@ -169,16 +168,13 @@ def measure_profile(
 
         for _ in range(8):
             sample_again()
-        if models and disk:
-            progress("compute beside the disk", 0.3)
-            found = disk.link()
-            slowdown = slowdown_beside_disk(models[0], me.n_cores, file, found.n_readers, found.chunk_bytes)
+        lanes = {"disk": disk.reading} if disk else {}
         todo = [(spec, n) for n in reversed(counts) for spec in models]
         for i, (spec, n_threads) in enumerate(todo):
             progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
             share_s = (begun + budget_s - time.perf_counter()) / (len(todo) - i)
             rounds = 9 if n_threads == me.n_cores else 3
-            tables += measure_operators(spec, n_threads, share_s, rounds, sample_again)
+            tables += measure_operators(spec, n_threads, share_s, rounds, sample_again, lanes)
         # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
         while True:
             progress("peaks and caches again", 0.95)
@@ -191,6 +187,9 @@ def measure_profile(
                 break
         if disk:
             link = disk.link()
+            if disk.error:
+                waived["disk"] = disk.error
+                tables = [t.model_copy(update={"beside": ()}) for t in tables]
     on_gpu, links, no_gpu = _gpu(me.gpu, 0.3 * budget_s, progress)
     waived |= no_gpu
     clock.append(cpu_probes.clock_ghz())
@@ -206,7 +205,13 @@ def measure_profile(
         waited_share=tally.waited_share,
         clock_ghz=tuple(clock),
         modes=_modes(roofs, link),
-        notes=(*([busy] if contended else []), *memory.notes, *_disorder(roofs), *_above_peak([*peaks, *products])),
+        notes=(
+            *([busy] if contended else []),
+            *memory.notes,
+            *_disorder(roofs),
+            *_above_peak([*peaks, *products]),
+            *impossible(links),
+        ),
     )
     if strict and quality.notes:
         raise AnswerIsNo(f"the machine could not be measured well: {'; '.join(quality.notes)}.")
@@ -223,7 +228,6 @@ def measure_profile(
         disk=link,
         links=tuple(links),
         operators=tuple(tables),
-        cpu_slowdown_beside_disk=slowdown,
         process_bytes=runtime_process_bytes(checkpoint),
         waived=waived,
         quality=quality,

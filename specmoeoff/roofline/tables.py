@@ -33,8 +33,16 @@ def measured(profile: HardwareProfile) -> Iterator[Measured]:
         yield Measured("disk_latency", "disk", 1, disk.latency_s)
         for point in disk.sweep:
             yield Measured(f"disk_read_{point.chunk_bytes}_bytes", "disk", point.n_readers, point.gb_per_s)
-    if profile.cpu_slowdown_beside_disk:
-        yield Measured("cpu_slowdown_beside_disk", "cpu", profile.machine.n_cores, profile.cpu_slowdown_beside_disk)
+    for curve in profile.links:
+        for copy in curve.points:
+            name = f"{_name(curve)}, {copy.n_bytes} bytes"
+            yield Measured(f"{name} in a row", "link", None, copy.device_s)
+            yield Measured(f"{name} until the call returns", "link", None, copy.api_s)
+            yield Measured(f"{name} waited for", "link", None, copy.end_to_end_s)
+    for table in profile.operators:
+        for at in table.beside:
+            name = f"{table.operator}_of_{at.size:g}_beside_{at.lane}_{table.shape}"
+            yield Measured(name, "cpu", table.n_threads, at.ratio)
 
 
 def samples_table(profile: HardwareProfile) -> "pd.DataFrame":
@@ -51,14 +59,15 @@ def samples_table(profile: HardwareProfile) -> "pd.DataFrame":
 
 def results_table(profile: HardwareProfile) -> "pd.DataFrame":
     """One row a number: what, device, n_threads, value, unit, statistic, max, p95, median, p10, variation, n, provenance,
-    modes ("32; 56" for two). Columns that a number does not have are empty: links and operators keep no samples."""
+    modes ("32; 56" for two), and of fits low and high, their 95 % interval. What a number does not have is empty:
+    operators keep no samples."""
     import pandas as pd
 
     rows = [_statistics(m) for m in measured(profile)]
     rows += [row for table in profile.operators for row in _operator(table)]
     rows += [row for curve in profile.links for row in _link(curve)]
     columns = ["what", "device", "n_threads", "value", "unit", "statistic", "max", "p95", "median", "p10", "variation"]
-    return _typed(pd.DataFrame(rows, columns=[*columns, "n", "provenance", "modes"]))
+    return _typed(pd.DataFrame(rows, columns=[*columns, "n", "provenance", "modes", "low", "high"]))
 
 
 def write_csv(profile: HardwareProfile, folder: Path | str) -> list[Path]:
@@ -105,12 +114,20 @@ def _operator(table: OperatorTable) -> Iterator[dict[str, Any]]:
 
 
 def _link(curve: LinkCurve) -> Iterator[dict[str, Any]]:
-    name = f"{curve.direction} {curve.host_memory} beside {curve.beside}"
-    yield _row(f"{name}, fit", "link", curve, value=curve.gb_per_s, unit="GB/s", statistic="fit")
-    yield _row(f"{name}, fitted latency", "link", curve, value=curve.latency_s, statistic="fit")
-    for size, device_s, end_to_end_s in zip(curve.sizes_bytes, curve.device_s, curve.end_to_end_s, strict=True):
-        yield _row(f"{name}, {size} bytes in a row", "link", curve, value=device_s, median=device_s)
-        yield _row(f"{name}, {size} bytes waited for", "link", curve, value=end_to_end_s, median=end_to_end_s)
+    for what, value, unit, interval in (
+        ("fit", curve.gb_per_s, "GB/s", curve.interval_gb_per_s),
+        ("fitted latency", curve.latency_s, "s", curve.latency_interval_s),
+        ("half-rate size", curve.n_half_bytes, "bytes", None),
+    ):
+        if value is not None:
+            ends = dict(zip(("low", "high"), interval or (), strict=False))
+            yield _row(f"{_name(curve)}, {what}", "link", curve, value=value, unit=unit, statistic="fit", **ends)
+    if lanes := curve.pcie_gb_per_s:
+        yield _row(f"{_name(curve)}, PCIe lanes", "link", curve, value=lanes, unit="GB/s", statistic="max")
+
+
+def _name(curve: LinkCurve) -> str:
+    return f"{curve.direction} {curve.host_memory} beside {curve.beside}"
 
 
 def _row(what: str, device: str, of: OperatorTable | LinkCurve, **more: Any) -> dict[str, Any]:

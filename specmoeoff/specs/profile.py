@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 from specmoeoff.specs.base import FileSpec, Spec
 
 Provenance = Literal["measured", "fitted", "datasheet", "published"]
+# By generation: 2.5 and 5 GT/s in 8b/10b, then 8, 16 and 32 GT/s in 128b/130b.
+PCIE_LANE_GB_PER_S = {1: 0.25, 2: 0.5} | {generation: 2**generation / 8.125 for generation in (3, 4, 5)}
 
 
 class Measurement(Spec):
@@ -77,21 +79,45 @@ class DiskPoint(Spec):
 
 
 class LinkCurve(Spec):
-    """Copies between host and GPU memory over sizes: seconds = latency_s + bytes / bandwidth, or by the table where the
-    fit misses by more than a tenth. `device_s`: many copies in a row by the GPU's clock; `end_to_end_s`: one, waited for.
+    """Copies between host and GPU memory: seconds = latency_s + bytes / bandwidth, fitted to `device_s` of pinned and to
+    `end_to_end_s` of pageable memory; where the fit misses by more than a tenth, `points` are to be interpolated.
+
+    Intervals are of 95 %. pcie_*: the link as it was during copies, for an idle one saves power at a lower generation.
     """
 
     direction: Literal["h2d", "d2h"]
     host_memory: Literal["pinned", "pageable"]
     beside: Literal["nothing", "other_direction", "dram_read"]
-    sizes_bytes: tuple[int, ...]
-    device_s: tuple[float, ...]
-    end_to_end_s: tuple[float, ...]
-    latency_s: float
+    points: tuple["LinkPoint", ...] = ()
+    latency_s: float | None
+    latency_interval_s: tuple[float, float] | None = None
     gb_per_s: float
-    n_half_bytes: float
-    fit_error: float
+    interval_gb_per_s: tuple[float, float] | None = None
+    fit_error: float | None = None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
     provenance: Provenance = "measured"
+
+    @property
+    def n_half_bytes(self) -> float | None:
+        """The size that moves at half the rate."""
+        return None if self.latency_s is None else self.latency_s * self.gb_per_s * 1e9
+
+    @property
+    def pcie_gb_per_s(self) -> float | None:
+        """What the lanes carry one way, packet headers included."""
+        lane = PCIE_LANE_GB_PER_S.get(self.pcie_generation or 0)
+        return lane * self.pcie_width if lane and self.pcie_width else None
+
+
+class LinkPoint(Spec):
+    """Seconds of one copy of n_bytes. `device_s`: of many in a row, by the GPU's clock; `api_s`: the host's, from the call
+    until it returns; `end_to_end_s`: the host's, from the call until the copy is done."""
+
+    n_bytes: int
+    device_s: Measurement
+    api_s: Measurement
+    end_to_end_s: Measurement
 
 
 class Quality(Spec):
@@ -107,8 +133,19 @@ class Quality(Spec):
     notes: tuple[str, ...] = ()
 
 
+class Slowdown(Spec):
+    """How many times longer an operator of this size takes while another lane is busy at full speed."""
+
+    lane: Literal["disk", "h2d"]
+    size: float
+    ratio: Measurement
+
+
 class OperatorTable(Spec):
-    """Seconds of one operator over a grid of sizes, measured at a model's shape. Arrays are row-major over `grid`."""
+    """Seconds of one operator over a grid of sizes, measured at a model's shape. Arrays are row-major over `grid`.
+
+    beside: by lane and size on the first axis, smallest first.
+    """
 
     operator: str
     shape: str
@@ -123,6 +160,7 @@ class OperatorTable(Spec):
     bytes: tuple[float, ...]
     n_samples: int
     loo_error: float | None = None
+    beside: tuple[Slowdown, ...] = ()
     provenance: Provenance = "measured"
 
     @model_validator(mode="after")
@@ -163,7 +201,6 @@ class HardwareProfile(FileSpec):
     disk: DiskLink | None
     links: tuple[LinkCurve, ...] = ()
     operators: tuple[OperatorTable, ...]
-    cpu_slowdown_beside_disk: Measurement | None = None
     process_bytes: int
     waived: dict[str, str] = Field(default_factory=dict)
     quality: Quality = Quality()

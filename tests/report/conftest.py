@@ -50,13 +50,13 @@ def machines(shipped: HardwareProfile, roof: Callable[..., Roof]) -> dict[str, H
         direction="h2d",
         host_memory="pinned",
         beside="nothing",
-        sizes_bytes=(1 << 20, 1 << 28),
-        device_s=(5e-5, 1e-2),
-        end_to_end_s=(6e-5, 1e-2),
         latency_s=8e-6,
+        latency_interval_s=(7.9e-6, 8.1e-6),
         gb_per_s=25.3,
-        n_half_bytes=2e5,
+        interval_gb_per_s=(25.1, 25.5),
         fit_error=0.01,
+        pcie_generation=4,
+        pcie_width=16,
     )
     gpu_peaks = (
         roof("bf16_gemm", 165_000.0, gflop, "gpu"),

@@ -8,6 +8,7 @@ import pytest
 from specmoeoff.cli import app
 from specmoeoff.compare import compare
 from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.profiles import find
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import RunRecord, Window
 
@@ -123,6 +124,21 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(files: dict[str, Path],
             call(files["p"], b)
     with pytest.raises(BadInput, match="--fail-under nan: give a number"):
         call(files["p"], files["p"], "--fail-under", "nan")
+
+
+def test_two_gpus_are_compared_by_roofs_links_and_lanes_and_what_one_lacks_is_left_out(tmp_path: Path) -> None:
+    a30, h100 = (find("machines", name) for name in ("a30", "h100"))
+    ratios = {r.name: r.ratio for r in compare(a30, h100)}
+    assert ratios["PCIe lanes"] == pytest.approx(2)
+    assert ratios["h2d, pinned, beside nothing"] == pytest.approx(2, rel=1e-3)
+    assert ratios["memory_read, GPU"] == pytest.approx(2000 / 933)
+    assert not any("latency" in name and "h2d" in name for name in ratios)
+    profile = HardwareProfile.load(a30)
+    faster = [c.model_copy(update={"latency_s": 8e-6, "gb_per_s": 25.0}) for c in profile.links]
+    profile.model_copy(update={"links": tuple(faster)}).save(tmp_path / "measured.json")
+    ratios = {r.name: r.ratio for r in compare(tmp_path / "measured.json", tmp_path / "measured.json")}
+    assert ratios["h2d, pinned, beside nothing: latency"] == 1
+    assert min(r.ratio for r in compare(a30, tmp_path / "measured.json")) == pytest.approx(25 / 31.508)
 
 
 def test_speeds_that_a_machine_flips_between_are_compared_speed_by_speed(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from specmoeoff.cli import app
@@ -15,6 +16,7 @@ from specmoeoff.report import write_report
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.record import Comparison, RunRecord
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -44,6 +46,20 @@ def test_every_mark_tells_its_numbers(page: Path) -> None:
     assert any(re.fullmatch(r"disk cap 1 GB/s; ridge at \S+ FLOP per byte \(given\)", t) for t in by_group["disk cap"])
     told = r"MoE layer, k = 0 \(disk\): \S+ FLOP per byte, \S+ GFLOP/s, \d+ % of its roof; limiter: disk \(predicted\)"
     assert any(re.fullmatch(told, text) for text in by_group["windows"])
+
+
+def test_a_validations_bias_is_told_apart_from_its_scatter(
+    shipped: HardwareProfile, plan: Plan, run_record: RunRecord, tmp_path: Path
+) -> None:
+    windows = tuple(
+        Comparison(name=name, predicted=1.2 * s, measured=s, unit="s", provenance="predicted, recalibrated")
+        for name, s in (("plain", 1.0), ("tuned", 2.0))
+    )
+    write_report(tmp_path / "r.html", shipped, plan, [run_record.model_copy(update={"comparisons": windows})])
+    row = re.search(r"<tr><td>window, predicted, recalibrated</td>.*</tr>", (tmp_path / "r.html").read_text())
+    assert row
+    assert re.findall(r"<td>([^<]*)</td>", row[0])[1:] == ["2", "+20.0 %", "0.0 %", "20.0 %", "", "", "bias"]
+    assert pd.read_csv(tmp_path / "r_files" / "accuracy.csv")["bias"].to_list() == pytest.approx([0.2])
 
 
 def test_ids_are_unique(page: Path) -> None:

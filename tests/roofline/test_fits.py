@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import linregress
 
 from specmoeoff.estimate.tables import OutOfRange
-from specmoeoff.roofline.fits import fit_operator, fit_transfer
+from specmoeoff.roofline.fits import fit_operator, fit_transfer, transfer_intervals
 from specmoeoff.specs.profile import OperatorTable
 
 LATENCY_S, BYTES_PER_S = 8e-6, 25e9
@@ -49,6 +49,15 @@ def test_disturbed_sizes_move_the_line_little_where_weights_alone_let_them_and_s
         weighted = np.linalg.lstsq(np.stack([1 / seconds, SIZES / seconds], axis=1), np.ones(19), rcond=None)[0]
         missed_by_weights += max(off(weighted[0], LATENCY_S), off(1 / weighted[1], BYTES_PER_S)) > 0.05
     assert missed_by_weights > 100
+
+
+def test_an_interval_is_given_only_where_the_data_bound_it() -> None:
+    assert transfer_intervals(fit_transfer(SIZES[:2], SIZES[:2]), SIZES[:2], SIZES[:2]) is None
+    wild = 1e-3 * np.exp(3 * np.random.default_rng(0).standard_normal(19))
+    assert transfer_intervals(fit_transfer(SIZES, wild), SIZES, wild) is None
+    exact = link_seconds(0, noise=0.0)
+    (short, long), (slow, fast) = transfer_intervals(fit_transfer(SIZES, exact), SIZES, exact)
+    assert (short, long, slow, fast) == pytest.approx((LATENCY_S, LATENCY_S, BYTES_PER_S, BYTES_PER_S), rel=1e-3)
 
 
 def test_copies_in_steps_as_pageable_ones_are_no_line() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.roofline.probes import gpu, link
-from specmoeoff.roofline.probes.link import CorruptCopy, Way, copies_for, measure_curves, parse_cpus
+from specmoeoff.roofline.probes import gpu, link, pcie
+from specmoeoff.roofline.probes.link import CorruptCopy, Waited, Way, copies_for, measure_curves, parse_cpus
+from specmoeoff.roofline.probes.pcie import PcieLink
 from specmoeoff.roofline.timing import modes
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -16,7 +17,7 @@ SIZES = tuple(4 * KIB << k for k in range(12))
 LATENCY_S = {"pinned": 8e-6, "pageable": 30e-6}
 GB_PER_S = {"pinned": 25.0, "pageable": 9.0}
 BESIDE_OTHER, BESIDE_READ, TO_HOST = 0.8, 0.7, 0.9
-WAIT_S = 5e-6
+WAIT_S, API_S = 5e-6, 3e-6
 
 
 def torch_with_gpu() -> bool:
@@ -30,11 +31,11 @@ def torch_with_gpu() -> bool:
 class FakeDevice:
     """Keeps to a line, with noise that lengthens."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0, noise: float = 0.02) -> None:
         self.calls: list[tuple[str, Way, int]] = []
         self.n_copies: dict[int, set[int]] = {}
         self.dram_is_read = False
-        self._rng = np.random.default_rng(0)
+        self._rng, self._noise = np.random.default_rng(seed), noise
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -49,11 +50,11 @@ class FakeDevice:
     def in_a_row(self, way: Way, n_bytes: int, n_copies: int, against: bool) -> float:
         self.calls.append(("row", way, n_bytes))
         self.n_copies.setdefault(n_bytes, set()).add(n_copies)
-        noise = 1 + 0.02 * abs(self._rng.standard_normal())
+        noise = 1 + self._noise * abs(self._rng.standard_normal())
         return (LATENCY_S[way.host_memory] + n_bytes / self.rate(way, against)) * noise
 
-    def waited_for(self, way: Way, n_bytes: int, against: bool) -> float:
-        return self.in_a_row(way, n_bytes, 1, against) + WAIT_S
+    def waited_for(self, way: Way, n_bytes: int, against: bool) -> Waited:
+        return Waited(API_S, self.in_a_row(way, n_bytes, 1, against) + WAIT_S)
 
     def deliver(self, way: Way, data: np.ndarray) -> np.ndarray:
         self.calls.append(("verify", way, len(data)))
@@ -68,12 +69,59 @@ def test_every_curve_finds_the_devices_latency_and_rate_in_its_surroundings() ->
         device.dram_is_read = curve.beside == "dram_read"
         true = device.rate(Way(curve.direction, curve.host_memory), curve.beside == "other_direction")
         assert curve.gb_per_s == pytest.approx(true / 1e9, rel=0.05)
-        assert curve.latency_s == pytest.approx(LATENCY_S[curve.host_memory], rel=0.05)
-        assert curve.n_half_bytes == pytest.approx(LATENCY_S[curve.host_memory] * true, rel=0.1)
+        latency_s = LATENCY_S[curve.host_memory] + (WAIT_S if curve.host_memory == "pageable" else 0)
+        assert curve.latency_s == pytest.approx(latency_s, rel=0.05)
+        assert curve.n_half_bytes == pytest.approx(latency_s * true, rel=0.1)
         assert curve.fit_error < 0.05
-        assert curve.sizes_bytes == SIZES
-        extra = np.subtract(curve.end_to_end_s, curve.device_s)
-        assert np.all(extra < WAIT_S + 0.05 * np.asarray(curve.device_s))
+        assert tuple(p.n_bytes for p in curve.points) == SIZES
+
+
+def test_each_size_keeps_every_sample_of_its_three_times() -> None:
+    device = FakeDevice()
+    for point in measure_curves(device, 0.0, SIZES, device.reading)[0].points:
+        times = (point.api_s, point.device_s, point.end_to_end_s)
+        assert [(t.unit, t.statistic, len(t.samples)) for t in times] == [("s", "median", link.MIN_ROUNDS)] * 3
+        assert point.device_s.value == pytest.approx(np.median(point.device_s.samples), rel=1e-5)
+        assert point.api_s.value == API_S
+        assert point.end_to_end_s.value - point.device_s.value < WAIT_S + 0.05 * point.device_s.value
+
+
+def test_the_link_is_asked_while_the_device_copies_and_every_curve_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+
+    def ask(bus: str) -> PcieLink:
+        n_calls = len(device.calls)
+        while len(device.calls) < n_calls + 3:
+            pass
+        return {"0000:65:00.0": PcieLink(4, 8)}[bus]
+
+    monkeypatch.setattr(pcie, "ask", ask)
+    curves = measure_curves(device, 0.0, SIZES, device.reading, bus="0000:65:00.0")
+    assert {(c.pcie_generation, c.pcie_width) for c in curves} == {(4, 8)}
+    notes = link.impossible(curves)
+    rate = f"{SIZES[-1] / curves[0].points[-1].end_to_end_s.value / 1e9:.1f} GB/s"
+    assert notes[0] == f"h2d copies of pinned memory beside nothing, {rate}, are faster than the 15.8 of PCIe 4.0 x8"
+    assert not link.impossible(measure_curves(device, 0.0, SIZES, device.reading))
+    swapped = [
+        c.model_copy(update={"host_memory": {"pinned": "pageable", "pageable": "pinned"}[c.host_memory]})
+        for c in curves
+    ]
+    assert len([n for n in link.impossible(swapped) if n.endswith("are faster than those of pinned memory")]) == 6
+
+
+def test_intervals_hold_the_link_that_made_the_data_at_about_their_rate() -> None:
+    """Noise of 3 % that only lengthens: the typical copy takes 1 + 0.03 * 0.6745 of the ideal one, the median of it."""
+    typical, held = 1 + 0.03 * 0.6745, []
+    for seed in range(100):
+        device = FakeDevice(seed, noise=0.03)
+        points = link._points(device, Way("h2d", "pinned"), False, link.SIZES, 0.0)
+        curve = link._fitted(Way("h2d", "pinned"), "nothing", points, PcieLink())
+        assert (curve.latency_s, curve.gb_per_s) == pytest.approx((8e-6, 25.0), rel=0.05)
+        (short, long), (slow, fast) = curve.latency_interval_s, curve.interval_gb_per_s
+        held.append((short <= 8e-6 * typical <= long, slow <= 25 / typical <= fast))
+        assert long - short < 0.1 * curve.latency_s
+        assert fast - slow < 0.1 * curve.gb_per_s
+    assert np.all(np.abs(np.mean(held, axis=0) - 0.95) < 0.05)
 
 
 def test_every_size_both_ways_is_verified_before_anything_is_timed() -> None:
@@ -181,3 +229,10 @@ def test_a_real_link_and_gpu_are_in_physical_order() -> None:
     roofs = {r.name: r.rate.value for r in gpu.measure_gpu(5.0)}
     assert 1 < min(alone.values()) <= max(alone.values()) < roofs["memory_read"]
     assert roofs["fp32_gemm"] < roofs["fp16_gemm"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch_with_gpu(), reason="there is no CUDA GPU")
+def test_a_real_pinned_copy_reaches_four_fifths_of_its_lanes_and_no_more_than_all() -> None:
+    curve = link.measure_links(3.0)[0]
+    assert 0.78 < curve.gb_per_s / curve.pcie_gb_per_s < 1

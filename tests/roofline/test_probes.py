@@ -1,15 +1,20 @@
 """Probes on a small scale: sane orders, and a reason where something cannot be measured."""
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from specmoeoff.errors import AnswerIsNo, MissingCapability
 from specmoeoff.roofline import profile as profiles
 from specmoeoff.roofline.doctor import examine
-from specmoeoff.roofline.probes import disk
+from specmoeoff.roofline.probes import disk, operators
 from specmoeoff.roofline.profile import machine, measure_profile
+from specmoeoff.specs.model import ModelSpec
 
 
 def test_the_disk_is_read_past_the_page_cache(tmp_path: Path) -> None:
@@ -70,3 +75,49 @@ def test_a_contended_machine_is_marked_and_strictly_refused(monkeypatch: pytest.
     with pytest.raises(AnswerIsNo, match="could not be measured well: other work kept the CPU"):
         measure_profile([], 1.0, strict=True)
     assert all(reason for name, reason in found.waived.items() if name.startswith("gpu_"))
+
+
+def test_a_disk_that_fails_in_the_middle_is_waived_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(disk, "TEST_BYTES", 32 << 20)
+    working, calls = disk.Reader.read, 0
+
+    def fail_later(self: disk.Reader, seconds: float, stop: threading.Event | None = None) -> float:
+        nonlocal calls
+        calls += 1
+        if calls > len(disk.CHUNKS) * len(disk.READERS) * 2:
+            raise OSError(5, "Input/output error")
+        return working(self, seconds, stop)
+
+    monkeypatch.setattr(disk.Reader, "read", fail_later)
+    found = measure_profile([], 1.0)
+    assert found.disk is None
+    assert "Input/output error" in found.waived["disk"]
+    assert any(roof.name == "dram_read" for roof in found.memory)
+
+
+def test_operators_are_measured_beside_a_lane_that_takes_their_time(target_spec: ModelSpec) -> None:
+    busy = threading.Event()
+    spec = target_spec.model_copy(
+        update={"hidden": 64, "intermediate": 64, "n_heads": 2, "n_kv_heads": 1, "vocab": 256}
+    )
+
+    @contextmanager
+    def traffic() -> Iterator[None]:
+        busy.set()
+        yield
+        busy.clear()
+
+    spend = operators.after_a_gap
+    slower = pytest.MonkeyPatch()
+    slower.setattr(operators, "after_a_gap", lambda work: spend(work) * (3.0 if busy.is_set() else 1.0))
+    try:
+        tables = operators.measure_operators(spec, 1, 0.0, 1, lanes={"disk": traffic})
+    finally:
+        slower.undo()
+    ratios = {(t.operator, s.size): s.ratio.value for t in tables for s in t.beside}
+    assert {size for name, size in ratios if name == "expert"} == set(map(float, operators.ROWS_BESIDE))
+    assert ("attention", operators.TOKENS_BESIDE) in ratios
+    assert 2.0 < float(np.median(list(ratios.values()))) < 4.0

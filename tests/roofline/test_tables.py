@@ -10,10 +10,10 @@ import pytest
 from specmoeoff.errors import BadInput
 from specmoeoff.roofline.tables import results_table, samples_table, write_csv
 from specmoeoff.roofline.timing import measurement
-from specmoeoff.specs.profile import DiskPoint, HardwareProfile, LinkCurve, Roof
+from specmoeoff.specs.profile import DiskPoint, HardwareProfile, LinkCurve, LinkPoint, Roof
 
 FLIPPING = (32.0, 56.1, 31.9, 56.0, 32.1, 55.9, 32.05, 56.2)
-SIZES = (4096, 8192)
+TIMES = ("device_s", "api_s", "end_to_end_s")
 
 
 @pytest.fixture
@@ -21,17 +21,21 @@ def measured(made_up_profile: HardwareProfile) -> HardwareProfile:
     """With a GPU's roof that flips, a link and a sweep."""
     profile = made_up_profile
     roof = Roof(name="memory_read", n_threads=0, rate=measurement(FLIPPING, "GB/s"), device="gpu")
+    copies = [
+        LinkPoint(n_bytes=n, **{what: measurement([1.1e-5, t, 0.9e-5], "s") for what in TIMES})
+        for n, t in ((4096, 1e-5), (8192, 1.05e-5))
+    ]
     link = LinkCurve(
         direction="h2d",
         host_memory="pinned",
         beside="nothing",
-        sizes_bytes=SIZES,
-        device_s=(1e-5, 1.1e-5),
-        end_to_end_s=(2e-5, 2.1e-5),
+        points=tuple(copies),
         latency_s=9e-6,
+        latency_interval_s=(8e-6, 1e-5),
         gb_per_s=4.1,
-        n_half_bytes=36_900.0,
         fit_error=0.01,
+        pcie_generation=4,
+        pcie_width=8,
     )
     point = DiskPoint(chunk_bytes=1 << 20, n_readers=2, gb_per_s=measurement([0.1 + 0.2, 1 / 3], "GB/s"))
     disk = profile.disk.model_copy(update={"sweep": (point,)})
@@ -46,7 +50,7 @@ def test_every_raw_sample_is_a_row_in_the_order_it_was_taken(measured: HardwareP
     assert list(gpu["index"]) == list(range(8))
     kept = _all_samples(measured.model_dump(mode="json"))
     assert sorted(table.value) == sorted(value for samples in kept for value in samples)
-    assert table.groupby(["what", "device", "n_threads"]).ngroups == len(kept)
+    assert table.groupby(["what", "device", "n_threads"], dropna=False).ngroups == len(kept)
 
 
 def _all_samples(value: object) -> list[list[float]]:
@@ -66,13 +70,15 @@ def test_statistics_are_those_of_the_samples(measured: HardwareProfile) -> None:
     assert row.variation == pytest.approx(np.std(FLIPPING) / np.mean(FLIPPING))
     assert row.modes == "32.025; 56.05"
     keys = ["what", "device", "n_threads"]
-    assert samples.groupby(keys).ngroups == len(results.dropna(subset=["max"]))
+    assert samples.groupby(keys, dropna=False).ngroups == len(results.dropna(subset=["max"]))
 
 
 def test_operators_and_links_are_numbers_too(measured: HardwareProfile) -> None:
     results = results_table(measured).set_index("what")
     assert results.loc["h2d pinned beside nothing, fit", "value"] == 4.1
-    assert results.loc["h2d pinned beside nothing, 8192 bytes waited for", "value"] == 2.1e-5
+    assert results.loc["h2d pinned beside nothing, 8192 bytes waited for", "value"] == 1.05e-5
+    assert list(results.loc["h2d pinned beside nothing, fitted latency", ["low", "high"]]) == [8e-6, 1e-5]
+    assert results.loc["h2d pinned beside nothing, PCIe lanes", "value"] == pytest.approx(15.75, abs=0.01)
     n_points = sum(len(t.seconds) for t in measured.operators)
     assert results.index.str.contains(" of ").sum() == n_points
     assert not results[["value", "unit", "statistic", "provenance"]].isna().any(axis=None)

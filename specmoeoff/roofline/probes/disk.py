@@ -3,9 +3,10 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,10 +17,13 @@ from specmoeoff.roofline.fits import TransferFit, fit_transfer
 from specmoeoff.roofline.timing import measurement, modes
 from specmoeoff.specs.profile import DiskLink, DiskPoint
 
+T = TypeVar("T")
+
 KIB, MIB = 1 << 10, 1 << 20
 CHUNKS = (64 * KIB, 256 * KIB, MIB, 4 * MIB)
 READERS = (1, 2, 4)
 TEST_BYTES = 512 * MIB
+READING_S = 60.0  # no traffic beside another measurement lasts longer
 SAMPLE_S = 0.05  # as long as a slice of recalibration: what is compared is measured alike
 
 
@@ -98,12 +102,13 @@ class Reader:
 class Disk:
     """The best chunk and number of readers, then ever more samples of those: shared disks change speed within seconds.
 
-    Raises MissingCapability without O_DIRECT.
+    Raises MissingCapability without O_DIRECT. What fails later is told in `error`, and nothing is read any more.
     """
 
     def __init__(self, file: Path, budget_s: float) -> None:
         os.close(open_direct(file))
         self._file = file
+        self.error: str | None = None
         self._readers = {(c, n): Reader(file, n, c) for c in CHUNKS for n in READERS}
         self._rates: dict[tuple[int, int], list[float]] = {key: [] for key in self._readers}
         for _ in range(max(2, int(budget_s / len(self._readers) / SAMPLE_S))):
@@ -117,12 +122,34 @@ class Disk:
     def sample(self) -> None:
         """Two samples more of the best."""
         for _ in range(2):
-            self._read(self._best)
+            self._unless_failed(lambda: self._read(self._best))
 
-    def link(self) -> DiskLink:
-        """All of it."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Meanwhile the disk is read at its full speed."""
+        stop, reader = threading.Event(), self._readers[self._best]
+        thread = threading.Thread(target=self._unless_failed, args=(lambda: reader.read(READING_S, stop),))
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _unless_failed(self, work: Callable[[], T]) -> T | None:
+        if self.error is None:
+            try:
+                return work()
+            except (OSError, MissingCapability) as error:
+                self.error = str(error)
+        return None
+
+    def link(self) -> DiskLink | None:
+        """All of it; None where a read failed."""
         chunk_bytes, n_readers = self._best
-        samples, fit = self._rates[self._best], _fit(self._file, n_readers)
+        samples, fit = self._rates[self._best], self._unless_failed(lambda: _fit(self._file, n_readers))
+        if fit is None:
+            return None
         note = f"{fit.bytes_per_s / 1e9:.2f} GB/s from the fit of one request"
         return DiskLink(
             read_gb_per_s=measurement(samples, "GB/s", "median", note),

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, product
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,11 +18,14 @@ import numpy as np
 from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels.cpu import aligned_empty
 from specmoeoff.kernels.cpu.probes import Move, is_supported
-from specmoeoff.roofline.fits import fit_transfer
-from specmoeoff.specs.profile import LinkCurve
+from specmoeoff.roofline.fits import fit_transfer, transfer_intervals
+from specmoeoff.roofline.probes.pcie import DEVICES, PcieLink, while_busy
+from specmoeoff.roofline.timing import measurement
+from specmoeoff.specs.profile import LinkCurve, LinkPoint
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = tuple(4 * KIB << k for k in range(19))
+PCIE_COPY_BYTES = 64 * MIB
 PATTERN_BYTES = 2 * MIB - 1  # no whole number of blocks, so that exchanged ones are seen
 DRAM_BYTES = 512 * MIB
 ROW_S = 2e-3
@@ -31,6 +33,7 @@ ROW_S = 2e-3
 FEWEST, MOST = 4, 512
 WARM = 4
 STRIDE = 64 * KIB  # successive copies start this far apart, so that small ones do not hit the same cached lines
+FASTER = 1.05  # than pinned copies: no longer scatter
 MIN_ROUNDS, MAX_ROUNDS = 3, 21
 NO_GPU = "no CUDA GPU: on a machine with one, run `pip install 'specmoeoff[cuda12]'` and profile it there"
 
@@ -52,6 +55,13 @@ class Way(NamedTuple):
 WAYS = (Way("h2d", "pinned"), Way("h2d", "pageable"), Way("d2h", "pinned"), Way("d2h", "pageable"))
 
 
+class Waited(NamedTuple):
+    """Seconds of one copy by the host's clock: until the call returned, and until it was done."""
+
+    api_s: float
+    end_to_end_s: float
+
+
 class Device(Protocol):
     """What the probe needs of a GPU. Times are seconds of one copy of `n_bytes`.
 
@@ -61,8 +71,8 @@ class Device(Protocol):
     def in_a_row(self, way: Way, n_bytes: int, n_copies: int, against: bool) -> float:
         """By the GPU's clock, of many back to back."""
 
-    def waited_for(self, way: Way, n_bytes: int, against: bool) -> float:
-        """By the host's clock, from the call until it is done."""
+    def waited_for(self, way: Way, n_bytes: int, against: bool) -> Waited:
+        """One alone, by the host's clock."""
 
     def deliver(self, way: Way, data: np.ndarray) -> np.ndarray:
         """Put `data` (uint8) at the source, clear the destination, copy as timed copies do; what is there then."""
@@ -70,9 +80,9 @@ class Device(Protocol):
 
 def measure_links(budget_s: float) -> list[LinkCurve]:
     """All twelve curves of the first GPU in about `budget_s` seconds. Raises MissingCapability without one."""
-    device = cuda_device()
-    with near_gpu():
-        return measure_curves(device(), budget_s)
+    make, bus = cuda_device(), bus_id()
+    with near_gpu(bus):
+        return measure_curves(make(), budget_s, bus=bus)
 
 
 def measure_curves(
@@ -80,8 +90,12 @@ def measure_curves(
     budget_s: float,
     sizes: Sequence[int] = SIZES,
     dram_read: Reading | None = None,
+    bus: str | None = None,
 ) -> list[LinkCurve]:
-    """{h2d, d2h} x {pinned, pageable} x {alone, other direction too, beside a DRAM read}. Raises CorruptCopy."""
+    """{h2d, d2h} x {pinned, pageable} x {alone, other direction too, beside a DRAM read}. Raises CorruptCopy.
+
+    bus: where the link's generation and width are asked for.
+    """
     traffic: dict[Beside, Reading] = {
         "nothing": nullcontext,
         "other_direction": nullcontext,
@@ -89,10 +103,12 @@ def measure_curves(
     }
     for way, n_bytes in product(WAYS, sizes):
         _verify(device, way, n_bytes)
+    pcie = while_busy(lambda: device.waited_for(WAYS[0], PCIE_COPY_BYTES, against=False), bus) if bus else PcieLink()
     curves = []
     for way, (beside, surroundings) in product(WAYS, traffic.items()):
         with surroundings():
-            curves.append(_curve(device, way, beside, sizes, budget_s / len(WAYS) / len(traffic)))
+            points = _points(device, way, beside == "other_direction", sizes, budget_s / len(WAYS) / len(traffic))
+        curves.append(_fitted(way, beside, points, pcie))
     return curves
 
 
@@ -106,11 +122,10 @@ def _verify(device: Device, way: Way, n_bytes: int) -> None:
         )
 
 
-def _curve(device: Device, way: Way, beside: Beside, sizes: Sequence[int], budget_s: float) -> LinkCurve:
+def _points(device: Device, way: Way, against: bool, sizes: Sequence[int], budget_s: float) -> tuple[LinkPoint, ...]:
     """Sizes take turns, so that a disturbance hits a sample of many sizes rather than all of one."""
-    against = beside == "other_direction"
     in_a_row: dict[int, list[float]] = {n: [] for n in sizes}
-    waited_for: dict[int, list[float]] = {n: [] for n in sizes}
+    waited_for: dict[int, list[Waited]] = {n: [] for n in sizes}
     n_copies = {n: copies_for(device.in_a_row(way, n, FEWEST, against)) for n in sizes}
     end = time.perf_counter() + budget_s
     for done in range(MAX_ROUNDS):
@@ -119,20 +134,55 @@ def _curve(device: Device, way: Way, beside: Beside, sizes: Sequence[int], budge
         for n in sizes:
             in_a_row[n].append(device.in_a_row(way, n, n_copies[n], against))
             waited_for[n].append(device.waited_for(way, n, against))
-    device_s = tuple(float(np.median(in_a_row[n])) for n in sizes)
-    fit = fit_transfer(sizes, device_s)
+    return tuple(
+        LinkPoint(
+            n_bytes=n,
+            device_s=measurement(in_a_row[n], "s"),
+            api_s=measurement([w.api_s for w in waited_for[n]], "s"),
+            end_to_end_s=measurement([w.end_to_end_s for w in waited_for[n]], "s"),
+        )
+        for n in sizes
+    )
+
+
+def _fitted(way: Way, beside: Beside, points: tuple[LinkPoint, ...], pcie: PcieLink) -> LinkCurve:
+    """A pageable copy is staged by the host, of which the GPU's clock sees only part."""
+    pinned = way.host_memory == "pinned"
+    sizes = [point.n_bytes for point in points]
+    seconds = [(point.device_s if pinned else point.end_to_end_s).value for point in points]
+    fit = fit_transfer(sizes, seconds)
+    latency_s, bytes_per_s = transfer_intervals(fit, sizes, seconds) or (None, None)
     return LinkCurve(
         direction=way.direction,
         host_memory=way.host_memory,
         beside=beside,
-        sizes_bytes=tuple(sizes),
-        device_s=device_s,
-        end_to_end_s=tuple(float(np.median(waited_for[n])) for n in sizes),
+        points=points,
         latency_s=fit.latency_s,
+        latency_interval_s=latency_s,
         gb_per_s=fit.bytes_per_s / 1e9,
-        n_half_bytes=fit.n_half_bytes,
+        interval_gb_per_s=bytes_per_s and (bytes_per_s[0] / 1e9, bytes_per_s[1] / 1e9),
         fit_error=fit.fit_error,
+        pcie_generation=pcie.generation,
+        pcie_width=pcie.width,
     )
+
+
+def impossible(curves: Sequence[LinkCurve]) -> list[str]:
+    """What cannot be as measured: largest copies faster than the link's lanes, or than those of pinned memory."""
+    rates = {(c.direction, c.beside, c.host_memory): _largest_gb_per_s(c) for c in curves}
+    notes = []
+    for c in curves:
+        rate, lanes = _largest_gb_per_s(c), c.pcie_gb_per_s
+        name = f"{c.direction} copies of {c.host_memory} memory beside {c.beside.replace('_', ' ')}, {rate:.1f} GB/s,"
+        if lanes and rate > lanes:
+            notes.append(f"{name} are faster than the {lanes:.1f} of PCIe {c.pcie_generation}.0 x{c.pcie_width}")
+        if rate > FASTER * rates.get((c.direction, c.beside, "pinned"), rate):
+            notes.append(f"{name} are faster than those of pinned memory")
+    return notes
+
+
+def _largest_gb_per_s(curve: LinkCurve) -> float:
+    return curve.points[-1].n_bytes / curve.points[-1].end_to_end_s.value / 1e9
 
 
 def copies_for(seconds_of_one: float) -> int:
@@ -171,15 +221,20 @@ def cuda_device() -> Callable[[], "TorchDevice"]:
     return TorchDevice
 
 
-@contextmanager
-def near_gpu() -> Iterator[None]:
-    """Run, and so allocate, on the CPUs at the first GPU's own root of the PCIe tree."""
+def bus_id() -> str:
+    """Of the first GPU, as Linux writes it: 0000:65:00.0."""
     import torch
 
-    at, before = torch.cuda.get_device_properties(0), os.sched_getaffinity(0)
-    bus = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"  # type: ignore[attr-defined]
+    at = torch.cuda.get_device_properties(0)
+    return f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"  # type: ignore[attr-defined]
+
+
+@contextmanager
+def near_gpu(bus: str) -> Iterator[None]:
+    """Run, and so allocate, on the CPUs at the GPU's own root of the PCIe tree."""
+    before = os.sched_getaffinity(0)
     try:
-        near = parse_cpus(Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text())
+        near = parse_cpus((DEVICES / bus / "local_cpulist").read_text())
     except OSError:
         near = set()
     os.sched_setaffinity(0, near & before or before)
@@ -250,22 +305,25 @@ class TorchDevice:
         torch.cuda.synchronize()
         return 0.0 if too_late else begin.elapsed_time(end) / 1e3 / n_copies
 
-    def waited_for(self, way: Way, n_bytes: int, against: bool) -> float:
-        """One copy, from the call to the stream's end."""
+    def waited_for(self, way: Way, n_bytes: int, against: bool) -> Waited:
+        """Nothing but the copy itself is timed: the stream is entered and the ends are cut out before."""
         if against:
             self._interfere(way, n_bytes)
-        begun = time.perf_counter()
-        self._copy(way, n_bytes)
-        self._streams[way.direction].synchronize()
-        seconds = time.perf_counter() - begun
+        source, target = self._ends(way, n_bytes)
+        stream = self._streams[way.direction]
+        with self._torch.cuda.stream(stream):
+            begun = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            returned = time.perf_counter()
+            stream.synchronize()
+            done = time.perf_counter()
         self._torch.cuda.synchronize()
-        return seconds
+        return Waited(returned - begun, done - begun)
 
     def deliver(self, way: Way, data: np.ndarray) -> np.ndarray:
         """Through the arenas' beginnings."""
         torch, n_bytes = self._torch, len(data)
-        gpu, host = self._gpu[way.direction][:n_bytes], self._host[way][:n_bytes]
-        source, target = (host, gpu) if way.direction == "h2d" else (gpu, host)
+        source, target = self._ends(way, n_bytes, at=0)
         source.copy_(torch.from_numpy(data))
         target.fill_(0xCA)
         torch.cuda.synchronize()
@@ -274,13 +332,17 @@ class TorchDevice:
         return target.cpu().numpy()
 
     def _copy(self, way: Way, n_bytes: int, at: int | None = None) -> None:
+        source, target = self._ends(way, n_bytes, at)
+        with self._torch.cuda.stream(self._streams[way.direction]):
+            target.copy_(source, non_blocking=True)
+
+    def _ends(self, way: Way, n_bytes: int, at: int | None = None) -> tuple[Any, Any]:
+        """Source and target, at the next place in the arenas if none is given."""
         if at is None:
             stride = max(STRIDE, n_bytes)
             at = next(self._turn) % (self._arena_bytes // stride) * stride
         gpu, host = self._gpu[way.direction][at : at + n_bytes], self._host[way][at : at + n_bytes]
-        source, target = (host, gpu) if way.direction == "h2d" else (gpu, host)
-        with self._torch.cuda.stream(self._streams[way.direction]):
-            target.copy_(source, non_blocking=True)
+        return (host, gpu) if way.direction == "h2d" else (gpu, host)
 
     def _interfere(self, way: Way, measured_bytes: int, gate: Any = None) -> None:
         """Few large pinned copies the other way: twice what is measured, and at least some milliseconds."""

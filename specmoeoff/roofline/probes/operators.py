@@ -4,10 +4,10 @@ Operators are timed inside a pass, one after another as the runtime calls them: 
 caches hold when it begins, and on whether the other threads still wait for it or have gone to sleep.
 """
 
-import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,10 +23,9 @@ from specmoeoff.kernels.cpu import (
     packed_linear_bytes,
 )
 from specmoeoff.roofline.fits import leave_one_out_error
-from specmoeoff.roofline.probes.disk import Reader
 from specmoeoff.roofline.timing import measurement, seconds_of
 from specmoeoff.specs.model import ModelSpec
-from specmoeoff.specs.profile import Measurement, OperatorTable
+from specmoeoff.specs.profile import OperatorTable, Slowdown
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 TOKENS = (1, 2, 3, 5, 9, 13, 17, 25)
@@ -37,8 +36,12 @@ COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so tha
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
 PASS_S = 0.025
 LAYERS_OF_LARGE_PASS = 4
+# Beside other lanes: where memory is the limit, and where arithmetic is.
+ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
+SETTLE_S = 0.02
 
 Key = tuple[str, int, int]
+Traffic = Callable[[], AbstractContextManager[None]]
 
 
 class Bench:
@@ -249,14 +252,25 @@ class Pass:
 
 
 def measure_operators(
-    spec: ModelSpec, n_threads: int, budget_s: float, rounds: int = 7, between: Callable[[], None] = lambda: None
+    spec: ModelSpec,
+    n_threads: int,
+    budget_s: float,
+    rounds: int = 7,
+    between: Callable[[], None] = lambda: None,
+    lanes: Mapping[str, Traffic] = MappingProxyType({}),
 ) -> list[OperatorTable]:
-    """The tables of one model and thread count. Sizes take turns, so that a change of speed hits all alike; `between` is
-    called after every round."""
+    """The tables of one model and thread count, alone and beside each of `lanes`.
+
+    Sizes take turns, so that a change of speed hits all alike; `between` is called after every round.
+    """
     bench = Bench(spec, n_threads)
     passes = {rows: Pass(bench, rows) for rows in ROWS}
     over_context = {(t, c): bench.over_context(t, c) for t in TOKENS for c in bench.contexts}
     samples: dict[Key, list[float]] = {}
+    ratios: dict[tuple[str, str, float], list[float]] = {}
+    # What is measured beside other lanes, and at which size.
+    few = [(float(rows), passes[rows].run) for rows in ROWS_BESIDE]
+    few.append((float(TOKENS_BESIDE), lambda: {"attention": [over_context[TOKENS_BESIDE, bench.contexts[-1]]()]}))
     for one in passes.values():
         one.layers(0.0)
     end, n_rounds = time.perf_counter() + budget_s, 0
@@ -266,12 +280,33 @@ def measure_operators(
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
         for (tokens, context), measure in over_context.items():
             samples.setdefault(("attention", tokens, context), []).append(measure())
+        for lane, traffic in lanes.items():
+            for (name, size), ratio in _slowdowns(few, traffic).items():
+                ratios.setdefault((name, lane, size), []).append(ratio)
         between()
         n_rounds += 1
-    return _tables(bench, samples, n_rounds)
+    return _tables(bench, samples, ratios, n_rounds)
 
 
-def _tables(bench: Bench, samples: dict[Key, list[float]], n_rounds: int) -> list[OperatorTable]:
+def _slowdowns(
+    runs: Sequence[tuple[float, Callable[[], dict[str, list[float]]]]], traffic: Traffic
+) -> dict[tuple[str, float], float]:
+    """By operator and size, the seconds beside the traffic over those alone, before and after."""
+    before = [run() for _, run in runs]
+    with traffic():
+        time.sleep(SETTLE_S)
+        beside = [run() for _, run in runs]
+    ratios = {}
+    for (size, run), old, new in zip(runs, before, beside, strict=True):
+        again = run()
+        for name, found in new.items():
+            ratios[name, size] = float(np.median(found) / np.median([*old[name], *again[name]]))
+    return ratios
+
+
+def _tables(
+    bench: Bench, samples: dict[Key, list[float]], ratios: dict[tuple[str, str, float], list[float]], n_rounds: int
+) -> list[OperatorTable]:
     spec = bench.spec
     dense = spec.attention_params
     facts = {
@@ -303,6 +338,11 @@ def _tables(bench: Bench, samples: dict[Key, list[float]], n_rounds: int) -> lis
                 bytes=tuple(w[1] for w in work),
                 n_samples=n_rounds,
                 loo_error=leave_one_out_error(grid[0], medians) if len(grid) == 1 else None,
+                beside=tuple(
+                    Slowdown(lane=lane, size=size, ratio=measurement(found, "ratio"))  # type: ignore[arg-type]
+                    for (name, lane, size), found in ratios.items()
+                    if name == operator
+                ),
             )
         )
 
@@ -319,27 +359,3 @@ def _attention_work(spec: ModelSpec, tokens: int, context: int) -> tuple[float, 
     """FLOPs and bytes of one request and layer."""
     keys_and_values = 4.0 * spec.n_kv_heads * spec.head_dim * context
     return 4.0 * tokens * context * spec.n_heads * spec.head_dim, keys_and_values
-
-
-def slowdown_beside_disk(spec: ModelSpec, n_threads: int, path: Path, n_readers: int, chunk_bytes: int) -> Measurement:
-    """How much longer an expert takes while the disk is read at full speed; turns of a tenth of a second."""
-    bench = Bench(spec, n_threads)
-    work = bench.expert(16)
-    reader = Reader(path, n_readers, chunk_bytes)
-
-    def burst() -> float:
-        return float(np.median([seconds_of(work) for _ in range(150)]))
-
-    work()
-    ratios = []
-    for _ in range(7):
-        alone = burst()
-        stop = threading.Event()
-        thread = threading.Thread(target=reader.read, args=(60.0, stop))
-        thread.start()
-        time.sleep(0.02)
-        beside = burst()
-        stop.set()
-        thread.join()
-        ratios.append(max(1.0, beside / alone))
-    return measurement(ratios, "ratio")

@@ -100,7 +100,7 @@ def run_all(model: str, prompts: Path, folder: Path, disk_limit_gb_per_s: float 
     else:
         _stage("workload", "--model", model, "--prompts", prompts, "--ignore-eos", "-o", workload)
     known = Workload.load(workload)
-    observed_longest = min(known.prompt_tokens.max + known.output_tokens.max, spec.max_positions)
+    observed_longest = min(known.longest_request_tokens, spec.max_positions)
     context = ["--context", str(max(longest, observed_longest))]
     cap = ["--disk-limit-gb-per-s", str(disk_limit_gb_per_s)] if disk_limit_gb_per_s else []
     batch = ["--batch", str(DEMO_BATCH)] if model == "demo" else []

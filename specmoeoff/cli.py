@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from specmoeoff import __version__
-from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, SpecMoEOffError
+from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, MissingCapability, SpecMoEOffError
 
 if TYPE_CHECKING:
-    from specmoeoff.specs.plan import Plan
+    from specmoeoff.specs.plan import Outlook, Plan
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.workload import Workload
+    from specmoeoff.tuner.tune import TuneRequest
 
 app = typer.Typer(
     name="specmoeoff",
@@ -114,7 +115,7 @@ def parse_bytes(text: str, option: str) -> int:
     return int(value * units[unit])
 
 
-def _table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
+def _table(title: str, rows: Sequence[Sequence[str]], header: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -312,17 +313,21 @@ def _demo_prompts(model: str) -> Path:
 @app.command()
 def tune(
     profile: Annotated[str, typer.Option("--profile", help="Hardware profile: a file, or a shipped name.")],
-    model: Model,
+    model: Annotated[str, typer.Option("--model", help="Checkpoint folder, `demo`, or the name of a shipped shape.")],
     workload: Annotated[str, typer.Option("--workload", help="Workload of this model: a file, or a shipped name.")],
     output: Output = Path("plan.toml"),
     fast_memory: Annotated[
-        str | None, typer.Option("--fast-memory", help="For experts and stream buffers; default: a quarter of them.")
+        str | None,
+        typer.Option(
+            "--fast-memory", help="Of the GPU; without one for experts and stream buffers, default: a quarter of them."
+        ),
     ] = None,
     host_memory: Annotated[
-        str | None, typer.Option("--host-memory", help="For all else; default: what is free.")
+        str | None,
+        typer.Option("--host-memory", help="For all else; default: what is free, with a GPU the profile's RAM."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Live requests; default: the best number.", min=1, max=256)
+        int | None, typer.Option("--batch", help="Live requests; default: the best number.", min=1, max=8192)
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.", min=1)
@@ -335,34 +340,52 @@ def tune(
     ] = 0,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage: a URL or a journal file.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    output_tokens: Annotated[
+        int | None,
+        typer.Option("--output-tokens", help="Tokens of each answer, where the workload leaves it open.", min=1),
+    ] = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also tune for twice the disk, memory, arithmetic, and better drafts.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="Refit the profile's prices to this record of `validate`.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write the predicted window in Chrome trace format.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose draft length, batch, placement, prefetch, micro-batches and threads."""
-    from specmoeoff.profiles import find
+    from specmoeoff.profiles import find, names
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import default_draft, model_folder
     from specmoeoff.runtime.process import available_bytes
+    from specmoeoff.specs.model import ModelShape
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.workload import Workload
     from specmoeoff.tuner.tune import TuneRequest
     from specmoeoff.tuner.tune import tune as find_plan
 
     profile_file, workload_file = find("machines", profile), find("workloads", workload)
-    _check_files({"--output": output}, {"--profile": profile_file, "--workload": workload_file})
+    inputs = {"--profile": profile_file, "--workload": workload_file, "--calibrate": calibrate}
+    _check_files({"--output": output, "--trace": trace}, inputs)
     _check_disk_limit(disk_limit_gb_per_s)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
-    machine_profile, behaviour = HardwareProfile.load(profile_file), Workload.load(workload_file)
-    folder, source = model_folder(model), default_draft(model)
+    machine_profile = HardwareProfile.load(profile_file)
+    behaviour = Workload.load(workload_file).with_output_tokens(output_tokens)
+    here = machine_profile.machine.gpu is None
+    is_shape, source = model in names("models") and not Path(model).exists(), default_draft(model)
+    folder = None if is_shape else model_folder(model)
     with progress("tuning", as_json) as bar:
         request = TuneRequest(
             profile=machine_profile,
-            model=read_model_spec(folder),
+            model=read_model_spec(folder) if folder else ModelShape.load(find("models", model)).model,
             workload=behaviour,
-            model_source=model if model == "demo" else str(folder.resolve()),
+            model_source=str(folder.resolve()) if folder and model != "demo" else model,
             host_memory_bytes=parse_bytes(host_memory, "--host-memory")
             if host_memory
-            else int(0.9 * available_bytes()),
+            else (int(0.9 * available_bytes()) if here else machine_profile.machine.ram_bytes),
             draft=read_model_spec(model_folder(source)) if source else None,
             draft_source=source,
             fast_memory_bytes=parse_bytes(fast_memory, "--fast-memory") if fast_memory else None,
@@ -378,19 +401,32 @@ def tune(
             measure=_measure_plan if measure else None,
             progress=lambda share: bar("tuning", share),
         )
+        calibration: dict[str, Any] = {}
+        if calibrate:
+            request, calibration = _refit(request, calibrate)
         plan = find_plan(request)
+        changes = _what_if(request, plan) if what_if else []
     plan.save(output)
-    _keep_inputs(machine_profile, behaviour)
+    if trace:
+        _save_predicted_trace(request, plan, trace)
+    _keep_inputs(request.profile, behaviour)
     _warn_other_machine(plan)
     p, base = plan.predicted, plan.plain.predicted
     if as_json:
-        typer.echo(json.dumps({"plan": str(output), "predicted": p.model_dump(), "plain": base.model_dump()}))
+        told = {"plan": str(output), "predicted": p.model_dump(), "plain": base.model_dump()}
+        typer.echo(json.dumps({**told, "calibration": calibration, "what_if": changes}))
         return
+    if calibration:
+        _print_calibration(calibration)
     d, e = plan.decode, plan.experts
+    on_host = f", {sum(map(len, e.on_host))} computed on the host" if plan.gpu else ""
     rows = [
         ("draft", f"{d.draft_length} tokens by {d.drafter}" if d.draft_length else "none: plain decoding is best here"),
         ("live requests", f"{d.batch} in {d.micro_batches} micro-batches"),
-        ("experts", f"{e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead"),
+        (
+            "experts",
+            f"{e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead{on_host}",
+        ),
         (
             "predicted",
             f"{p.tokens_per_s:.1f} tokens/s, {p.tokens_per_round:.2f} tokens a round, {p.window_s * 1e3:.0f} ms, {p.bound}-bound",
@@ -399,7 +435,77 @@ def tune(
         ("memory", f"fast {sum(plan.memory.fast.values()):,} bytes, host {sum(plan.memory.host.values()):,} bytes"),
     ]
     _table(f"Plan for {plan.model.name}, {plan.inputs.n_evaluated} choices priced", rows, ("what", "chosen"))
+    if plan.outlook:
+        _print_outlook(plan.outlook)
+    if changes:
+        header = ("change", "tokens/s", "times this plan's", "draft", "live requests", "bound by")
+        _table("What if", [tuple(map(_cell, list(c.values())[:6])) for c in changes], header)
     typer.echo(f"wrote {output}")
+
+
+def _print_outlook(outlook: "Outlook") -> None:
+    contexts = list(dict.fromkeys(at.context_tokens for at in outlook.draft_lengths))
+    by_live: dict[int, list[str]] = {}
+    for at in outlook.draft_lengths:
+        by_live.setdefault(at.live, []).append(str(at.draft_length))
+    header = ("live requests", *(f"context {c}" for c in contexts))
+    _table("Best draft length", [(str(live), *ks) for live, ks in by_live.items()], header)
+    gains = [(what, f"{gain:.2f}x") for what, gain in outlook.sensitivity.items()]
+    _table("Throughput if doubled, and draft, batch and placement are chosen anew", gains, ("what", "tokens/s"))
+    for axis, why in outlook.flat_axes.items():
+        typer.echo(f"{axis}: {why}")
+    for assumption in outlook.assumptions:
+        typer.echo(f"assumed: {assumption}")
+
+
+def _refit(request: "TuneRequest", path: Path) -> "tuple[TuneRequest, dict[str, Any]]":
+    """The request with its profile's prices refitted, by which factors, and how right the record's predictions were."""
+    from dataclasses import replace
+
+    from specmoeoff.estimate.accuracy import report
+    from specmoeoff.estimate.calibrate import refit
+    from specmoeoff.specs.record import RunRecord
+
+    record = RunRecord.load(path)
+    fitted, factors = refit(request.profile, record, request.model, request.draft)
+    found = report(record)
+    accuracy = [{**row._asdict(), "verdict": row.verdict} for row in found.rows]
+    told = {"record": str(path), "factors": factors, "accuracy": accuracy, "limitations": found.limitations}
+    return replace(request, profile=fitted), told
+
+
+def _print_calibration(told: dict[str, Any]) -> None:
+    names = ("name", "n", "bias", "scatter", "mape", "pearson_r", "rank_r", "verdict")
+    header = ("predicted", "pairs", "bias", "scatter", "MAPE", "Pearson r", "rank r", "mostly")
+    _table("How right the record's predictions were", [[_cell(a[n]) for n in names] for a in told["accuracy"]], header)
+    for sentence in told["limitations"]:
+        typer.echo(f"note: {sentence}")
+    factors = [(name, f"{factor:.3f}") for name, factor in told["factors"].items()]
+    _table(f"Refitted from {told['record']}", factors, ("what", "times the profile's"))
+
+
+def _cell(value: object) -> str:
+    """A number or word of a table."""
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _what_if(request: "TuneRequest", plan: "Plan") -> list[dict[str, Any]]:
+    from specmoeoff.tuner.what_if import what_if
+
+    return [row.row for row in what_if(request, plan)]
+
+
+def _save_predicted_trace(request: "TuneRequest", plan: "Plan", path: Path) -> None:
+    from specmoeoff.estimate.planned import planned_schedule
+    from specmoeoff.estimate.trace import chrome_trace, predicted_spans
+    from specmoeoff.files import write_atomic
+
+    if plan.gpu:
+        raise BadInput(
+            "--trace: the plan is written, but windows of a machine with a GPU cannot be traced; leave --trace out."
+        )
+    schedule = planned_schedule(plan, request.profile, request.workload, request.model, request.draft)
+    write_atomic(path, chrome_trace(predicted_spans(schedule)))
 
 
 def _measure_plan(plan: "Plan") -> float:
@@ -462,6 +568,18 @@ def _warn_other_machine(plan: "Plan") -> None:
         )
 
 
+def _load_runnable(path: Path) -> "Plan":
+    from specmoeoff.specs.plan import Plan
+
+    plan = Plan.load(path)
+    if plan.gpu:
+        raise MissingCapability(
+            f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}), whose lanes this version cannot run; "
+            "use it with `report` or `export`, or tune with a profile of this machine."
+        )
+    return plan
+
+
 @app.command()
 def run(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to run.")],
@@ -478,12 +596,11 @@ def run(
 ) -> None:
     """Run a batch file under a plan; resumes where it stopped."""
     from specmoeoff.runtime.batch_run import BatchRun
-    from specmoeoff.specs.plan import Plan
 
     outputs = {"--output": output, "--record": record, "--trace": trace}
     _check_files(outputs, {"PLAN": plan_file, "--input": input_file})
     _check_disk_limit(disk_limit_gb_per_s)
-    plan = Plan.load(plan_file)
+    plan = _load_runnable(plan_file)
     _warn_other_machine(plan)
     with progress("opening the model", as_json or stream) as bar:
         job = BatchRun(plan, input_file, output, disk_limit_gb_per_s, ignore_eos, bar.count)
@@ -522,11 +639,10 @@ def validate(
     from specmoeoff.runtime.batch_files import read_batch, to_request
     from specmoeoff.runtime.loading import open_plan
     from specmoeoff.runtime.validate import Options, Validator
-    from specmoeoff.specs.plan import Plan
 
     inputs = {"PLAN": plan_file, "--prompts": prompts, "--profile": profile, "--workload": workload}
     _check_files({"--output": output}, inputs)
-    plan = Plan.load(plan_file)
+    plan = _load_runnable(plan_file)
     machine_profile, behaviour = _load_inputs(plan, profile, workload)
     lines = read_batch(prompts or _demo_prompts(plan.model.source))[:requests]
     _warn_other_machine(plan)
@@ -648,6 +764,25 @@ def compare(
     worse = [f"{r.name} {r.ratio:.3f}" for r in rows if r.is_rate and fail_under and r.ratio < fail_under]
     if worse:
         raise AnswerIsNo(f"{b} is below {fail_under:g} of {a}: {'; '.join(worse)}.")
+
+
+@app.command()
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to export.")],
+    to: Annotated[str, typer.Option("--to", help="llama.cpp, vllm, sglang or ktransformers.")],
+    as_json: Json = False,
+) -> None:
+    """The nearest settings for an engine people already run, and what they cannot express."""
+    from specmoeoff.specs.plan import Plan
+    from specmoeoff.tuner.export import export as export_plan
+
+    found = export_plan(Plan.load(plan_file), to)
+    if as_json:
+        typer.echo(
+            json.dumps({"engine": found.engine, "command": found.command, "not_expressed": found.lost}, indent=1)
+        )
+    else:
+        typer.echo(found.text, nl=False)
 
 
 @app.command()

@@ -13,8 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-NodeKind = Literal["draft", "attention", "experts", "expert", "head", "verify", "load"]
-Lane = Literal["cpu", "disk"]
+NodeKind = Literal[
+    # on every machine
+    "draft", "attention", "experts", "expert", "head", "verify", "load",
+    # only with a GPU, where `attention` is the CPU's part alone and `experts` are the GPU's
+    "pre_attention", "gpu_attention", "post_attention", "resident_experts", "host_experts",
+    "offload", "onload", "rows_offload", "rows_onload",
+    "draft_pre", "draft_offload", "draft_attention", "draft_onload", "draft_post",
+]  # fmt: skip
+Lane = Literal["gpu", "cpu", "h2d", "d2h", "disk"]
 
 DEMAND_RESERVE_SLOTS = 2  # one computes while the other is read; keeps layers ahead from starving the layer at hand
 
@@ -167,3 +174,121 @@ def window_graph(shape: WindowShape, stream_slots: int, n_windows: int = 1) -> G
         builder.head(shape.head_rows)
         builder.verify(shape.head_rows)
     return builder.graph
+
+
+@dataclass(frozen=True)
+class GpuWindow:
+    """What shapes a window's graph on a machine with a GPU; everything else is in the prices.
+
+    `on_demand`: a layer's experts are transferred once all its routers have spoken, those that are used only; else all of
+    them while the layer before computes. A node without work in some configuration has the price 0.
+    """
+
+    micro_batches: int
+    draft_steps: int
+    draft_on_host: bool
+    experts_on_host: bool
+    on_demand: bool
+
+
+def gpu_window_graph(shape: GpuWindow, n_layers: int, n_windows: int = 1) -> Graph:
+    """`n_windows` windows of a machine with a GPU (SpecMoEOff, section 4; n_layers >= 2).
+
+    Per layer and micro-batch: projections on the GPU, queries to the host, attention beside the KV cache, its output back,
+    router and experts on the GPU. The nodes' order is every lane's order. Stream buffers hold two layers' experts, so a
+    layer's transfer begins when the experts two layers before are done, across windows too; it is cut into one piece for
+    each micro-batch, which follows that micro-batch's activations.
+    """
+    builder = _GpuBuilder(shape, n_layers)
+    for _ in range(n_windows):
+        builder.window()
+    return builder.graph
+
+
+class _GpuBuilder:
+    def __init__(self, shape: GpuWindow, n_layers: int) -> None:
+        self.graph = Graph()
+        self._shape, self._n_layers = shape, n_layers
+        self._window = 0
+        self._verified: tuple[int, ...] = ()
+        self._loads: dict[int, list[int]] = {}  # by layer, counted through all windows
+        self._computed: dict[int, int] = {}
+        if not shape.on_demand:
+            for part in range(shape.micro_batches):
+                self._load(0, part)
+
+    def _add(self, kind: NodeKind, lane: Lane, layer: int, part: int, *deps: int) -> int:
+        """`layer` counts through all windows; -1: outside the layers."""
+        window, layer = (self._window, -1) if layer < 0 else divmod(layer, self._n_layers)
+        index = len(self.graph.nodes)
+        name = f"{kind} {layer}.{part}" if layer >= 0 else f"{kind} {part}"
+        self.graph.nodes.append(Node(index, window, name, kind, lane, layer, deps))
+        return index
+
+    def _load(self, layer: int, part: int, *deps: int) -> None:
+        free = (self._computed[layer - 2],) if layer - 2 in self._computed else ()
+        self._loads.setdefault(layer, []).append(self._add("load", "h2d", layer, part, *free, *deps))
+
+    def window(self) -> None:
+        """One more."""
+        shape, first = self._shape, self._window * self._n_layers
+        parts, ready = range(shape.micro_batches), self._draft(first + 1)
+        routed = [self._attend(first, part, ready) for part in parts]
+        for layer in range(first, first + self._n_layers):
+            outputs = self._on_demand(layer, routed) if shape.on_demand else []
+            following = []
+            for part in parts:
+                if not shape.on_demand:
+                    router = self._route(layer, part, routed[part])
+                    if len(self._loads.get(layer + 1, ())) < shape.micro_batches:
+                        self._load(layer + 1, part)
+                    outputs.append(self._experts(layer, part, router))
+                if layer + 1 < first + self._n_layers:
+                    following.append(self._attend(layer + 1, part, outputs[part]))
+            routed = following
+        head = self._add("head", "gpu", -1, 0, *(node for output in outputs for node in output))
+        self._verified = (self._add("verify", "gpu", -1, 0, head),)
+        self.graph.ends.append(self._verified[0])
+        self._window += 1
+
+    def _draft(self, next_layer: int) -> tuple[int, ...]:
+        """Steps of the part of the requests whose draft KV lies in GPU memory beside the other part's; the link goes on
+        with the second layer's experts meanwhile."""
+        shape, ready = self._shape, self._verified
+        loaded = 0
+        for step in range(shape.draft_steps):
+            while not shape.on_demand and loaded < shape.micro_batches * (step + 1) // shape.draft_steps:
+                self._load(next_layer, loaded)
+                loaded += 1
+            if shape.draft_on_host:
+                pre = self._add("draft_pre", "gpu", -1, step, *ready)
+                offload = self._add("draft_offload", "d2h", -1, step, pre)
+                attention = self._add("draft_attention", "cpu", -1, step, offload)
+                onload = self._add("draft_onload", "h2d", -1, step, attention)
+            draft = self._add("draft", "gpu", -1, step, *ready)
+            ready = (draft, self._add("draft_post", "gpu", -1, step, onload)) if shape.draft_on_host else (draft,)
+        return ready
+
+    def _attend(self, layer: int, part: int, ready: Sequence[int]) -> list[int]:
+        pre = self._add("pre_attention", "gpu", layer, part, *ready)
+        on_gpu = self._add("gpu_attention", "gpu", layer, part, pre)
+        return [on_gpu, self._add("attention", "cpu", layer, part, self._add("offload", "d2h", layer, part, pre))]
+
+    def _route(self, layer: int, part: int, attended: Sequence[int]) -> int:
+        on_gpu, on_cpu = attended
+        return self._add("post_attention", "gpu", layer, part, on_gpu, self._add("onload", "h2d", layer, part, on_cpu))
+
+    def _host_experts(self, layer: int, part: int, router: int) -> int:
+        return self._add("host_experts", "cpu", layer, part, self._add("rows_offload", "d2h", layer, part, router))
+
+    def _experts(self, layer: int, part: int, router: int) -> list[int]:
+        host = [self._host_experts(layer, part, router)] if self._shape.experts_on_host else []
+        resident = self._add("resident_experts", "gpu", layer, part, router)
+        self._computed[layer] = self._add("experts", "gpu", layer, part, resident, *self._loads[layer])
+        return [self._computed[layer], *(self._add("rows_onload", "h2d", layer, part, node) for node in host)]
+
+    def _on_demand(self, layer: int, attended: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Experts of all micro-batches after the routers of all."""
+        routers = [self._route(layer, part, nodes) for part, nodes in enumerate(attended)]
+        self._load(layer, 0, routers[-1])
+        return [self._experts(layer, part, router) for part, router in enumerate(routers)]

@@ -57,7 +57,7 @@ def test_what_runs_stays_small(module: str) -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("doctor", "profile", "workload", "tune", "run", "validate", "report", "compare", "auto"):
+    for command in ("doctor", "profile", "workload", "tune", "run", "validate", "report", "compare", "export", "auto"):
         assert run(command, "--help").returncode == 0
 
 
@@ -303,3 +303,14 @@ def test_reports_say_what_is_missing(made_up_profile: HardwareProfile, plan: Pat
 
 def test_a_plan_file_says_the_same_after_reading(plan: Path) -> None:
     assert Plan.load(plan).text(".toml") == plan.read_text()
+
+
+def test_a_plan_is_exported_as_a_script_and_as_json_or_refused(plan: Path) -> None:
+    script, told = (run("export", plan, "--to", "llama.cpp", *json_) for json_ in ((), ("--json",)))
+    assert "llama-server" in script.stdout
+    assert "# Not expressed:" in script.stdout
+    found = json.loads(told.stdout)
+    assert found["command"][0] == "llama-server"
+    assert found["not_expressed"]
+    refused(run("export", plan, "--to", "exllama"), 2, "--to exllama: choose llama.cpp, vllm, sglang, ktransformers")
+    refused(run("export", plan, "--to", "ktransformers"), 1, "needs a GPU")

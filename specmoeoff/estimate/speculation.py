@@ -1,4 +1,4 @@
-"""Tokens per round of greedy speculative decoding. k drafted, k+1 verified, 1..k+1 emitted."""
+"""Tokens per round of greedy speculative decoding, and whether drafting pays. k drafted, k+1 verified, 1..k+1 emitted."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,7 @@ def expected_tokens(conditional: Sequence[float], draft_length: int) -> float:
             f"acceptance is known for {len(conditional)} draft tokens, {draft_length} were asked for; "
             "measure the workload with more requests."
         )
-    total, reached = 1.0, 1.0
-    for rate in conditional[:draft_length]:
-        reached *= rate
-        total += reached
-    return total
+    return 1.0 + sum(all_accepted(conditional, i) for i in range(1, draft_length + 1))
 
 
 def all_accepted(conditional: Sequence[float], draft_length: int) -> float:
@@ -26,3 +22,37 @@ def all_accepted(conditional: Sequence[float], draft_length: int) -> float:
     for rate in conditional[:draft_length]:
         reached *= rate
     return reached
+
+
+def tokens_per_round_to_the_end(conditional: Sequence[float], draft_length: int, output_tokens: int) -> float:
+    """Mean tokens per round over a whole answer, whose last rounds draft no more than min(k, remaining - 1)."""
+    rounds = [0.0]  # rounds[n]: expected rounds until n tokens are emitted
+    for remaining in range(1, output_tokens + 1):
+        k = min(draft_length, remaining - 1)
+        stands = [all_accepted(conditional, i) for i in range(k + 1)] + [0.0]
+        rounds.append(1.0 + sum((stands[i] - stands[i + 1]) * rounds[remaining - i - 1] for i in range(k + 1)))
+    return output_tokens / rounds[-1]
+
+
+def verified_share(conditional: Sequence[float], draft_length: int) -> float:
+    """Of the k+1 verified positions, the share emitted: sigma of MoESD (arXiv 2505.19645, eq. 5)."""
+    return expected_tokens(conditional, draft_length) / (draft_length + 1)
+
+
+def utility(tokens: Sequence[float], window_s: Sequence[float]) -> list[float]:
+    """By draft length, from k = 0: tokens gained over time spent, both against k = 0 (Cascade, arXiv 2506.20675)."""
+    return [t / tokens[0] * window_s[0] / s for t, s in zip(tokens, window_s, strict=True)]
+
+
+def best_length(tokens: Sequence[float], window_s: Sequence[float]) -> int:
+    """The k of the highest utility; 0 where none is above 1."""
+    found = utility(tokens, window_s)
+    return max(range(len(found)), key=lambda k: (found[k], -k))
+
+
+def moesd_speedup(sigma: float, draft_length: int, draft_s: float, verify_s: float, plain_s: float) -> float:
+    """Over plain decoding: sigma (k+1) / (k T_D/T_T(1) + T_T(k)/T_T(1)), rejection's time within verify_s (MoESD, sec. 3).
+
+    draft_s: one draft step; verify_s, plain_s: the target with k+1 tokens and with one.
+    """
+    return sigma * (draft_length + 1) * plain_s / (draft_length * draft_s + verify_s)

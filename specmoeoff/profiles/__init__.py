@@ -1,4 +1,4 @@
-"""Shipped facts: machines as measured or as their datasheets state them, and workloads. A name stands for its file."""
+"""Shipped facts: machines as measured or as their datasheets state them, shapes of models, and workloads. A name stands for its file."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Literal
 
 from specmoeoff.errors import BadInput
 
-Kind = Literal["machines", "workloads"]
+Kind = Literal["machines", "models", "workloads"]
 
 
 def names(kind: Kind) -> list[str]:

@@ -1,6 +1,5 @@
 """`run`: a batch file through the engine, every finished answer kept at once."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from specmoeoff import __version__
+from specmoeoff.estimate.trace import Span, chrome_trace
 from specmoeoff.files import sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
 from specmoeoff.runtime.batch_files import Journal, read_batch, to_request, to_response
@@ -98,23 +98,10 @@ class BatchRun:
         )
 
     def save_trace(self, path: Path) -> None:
-        """The last windows in Chrome trace format: one row per lane, microseconds."""
-        events = []
-        origin = self._traces[0][0].start_s if self._traces else 0.0
-        for window, trace in self._traces:
-            nodes = trace.builder.graph.nodes
-            for index, (start_s, end_s) in trace.times.items():
-                node = nodes[index]
-                events.append(
-                    {
-                        "name": node.name,
-                        "cat": node.kind,
-                        "ph": "X",
-                        "pid": 0,
-                        "tid": node.lane,
-                        "ts": (start_s - origin) * 1e6,
-                        "dur": (end_s - start_s) * 1e6,
-                        "args": {"layer": node.layer, "rows": node.rows, "label": window.label},
-                    }
-                )
-        write_atomic(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        """The last windows in Chrome trace format."""
+        spans = [
+            Span(trace.builder.graph.nodes[index], start_s, end_s, window.label)
+            for window, trace in self._traces
+            for index, (start_s, end_s) in trace.times.items()
+        ]
+        write_atomic(path, chrome_trace(spans, self._traces[0][0].start_s if self._traces else 0.0))

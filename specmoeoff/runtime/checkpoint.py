@@ -386,7 +386,7 @@ class Checkpoint:
         Kept in the cache folder and taken from there while no file changed in size or time.
         """
         stats = {shard: (self.folder / shard).stat() for shard in self._headers}
-        shape = spec.model_dump_json(exclude={"name", "fingerprint"})
+        shape = spec.model_dump_json(exclude={"name", "fingerprint"}, exclude_defaults=True)
         state = json.dumps([shape, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}])
         note = cache_dir() / "fingerprints" / f"{sha256_text(str(self.folder.resolve()))[:16]}.json"
         try:

@@ -7,8 +7,9 @@ from pydantic import Field
 from specmoeoff.specs.base import FileSpec, Spec
 
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-DrafterName = Literal["none", "ngram", "model"]
+DrafterName = Literal["none", "ngram", "model", "eagle"]
 
 
 class PlanModel(Spec):
@@ -31,15 +32,25 @@ class PlanDecode(Spec):
 
 
 class PlanExperts(Spec):
-    """resident[layer], prefetch[layer]: expert numbers; the rest is read when the router asks. prefetch is in reading order."""
+    """resident[layer], prefetch[layer]: expert numbers; the rest is read when the router asks. prefetch is in reading order.
+    on_host[layer]: computed by the CPU where they lie, never read."""
 
     resident: tuple[tuple[int, ...], ...]
     prefetch: tuple[tuple[int, ...], ...]
     stream_slots: NotNegative
+    on_host: tuple[tuple[int, ...], ...] = ()
 
     @property
     def n_resident(self) -> int:
         return sum(len(layer) for layer in self.resident)
+
+
+class PlanGpu(Spec):
+    """What only a machine with a GPU has to choose: shares of the live requests whose KV cache, and whose draft KV cache, lie in GPU
+    memory, where their attention is computed too; the others' is computed by the CPU."""
+
+    kv_share: Share
+    draft_kv_share: Share
 
 
 class PlanThreads(Spec):
@@ -75,6 +86,7 @@ class Prediction(Spec):
     busy_s: dict[str, float]
     phases_s: dict[str, float]
     disk_bytes: float
+    h2d_bytes: float = 0.0
     bound: str
     context_tokens: int
 
@@ -85,6 +97,35 @@ class CurvePoint(Spec):
     draft_length: int
     drafter: DrafterName
     prediction: Prediction
+
+
+class LengthAt(Spec):
+    """The best draft length at a context and a number of live requests, all else as planned."""
+
+    context_tokens: int
+    live: int
+    draft_length: int
+    tokens_per_s: float
+
+
+class ParetoPoint(Spec):
+    """No other choice has both more tokens a second and less time between a request's tokens."""
+
+    tokens_per_s: float
+    s_per_token: float
+    batch: int
+    draft_length: int
+
+
+class Outlook(Spec):
+    """Around the chosen point. flat_axes: what was not searched, and why. sensitivity: tokens per second over the plan's
+    when one thing is doubled and draft, batch and placement are chosen anew. assumptions: numbers nobody measured here."""
+
+    draft_lengths: tuple[LengthAt, ...] = ()
+    pareto: tuple[ParetoPoint, ...] = ()
+    flat_axes: dict[str, str] = Field(default_factory=dict)
+    sensitivity: dict[str, float] = Field(default_factory=dict)
+    assumptions: tuple[str, ...] = ()
 
 
 class PlanInputs(Spec):
@@ -117,6 +158,8 @@ class Plan(FileSpec):
     inputs: PlanInputs
     plain: "PlainPlan"
     curve: tuple[CurvePoint, ...] = ()
+    gpu: PlanGpu | None = None
+    outlook: Outlook | None = None
 
 
 class PlainPlan(Spec):
@@ -127,6 +170,7 @@ class PlainPlan(Spec):
     threads: PlanThreads
     memory: PlanMemory
     predicted: Prediction
+    gpu: PlanGpu | None = None
 
 
 Plan.model_rebuild()

@@ -13,6 +13,7 @@ Price = Callable[[Choice], Prediction | None]
 # Tokens per second that a choice cannot exceed, much cheaper than its price.
 Bound = Callable[[Choice], float]
 Progress = Callable[[float], None]
+Index = dict[str, int]  # a point: a position on every axis
 
 TIE = 0.995  # closer than any prediction is true: the choice that drafts less, then reads less, is taken
 
@@ -70,13 +71,7 @@ def optuna_search(
     storage: str | None = None,
     progress: Progress = lambda share: None,
 ) -> list[Choice]:
-    """Optuna's TPE, one trial at a time; the sampler is seeded anew from (seed, trial), so a resumed study is identical.
-
-    `problem` names what is asked for: a study is resumed only for the same problem.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    """The choices that Optuna looked at, best first."""
     drafts = [(d, k) for d, lengths in space.draft_lengths.items() for k in lengths]
     axes = {
         "batch": space.batches,
@@ -85,34 +80,82 @@ def optuna_search(
         "prefetch": space.prefetch_thresholds,
         "threads": space.n_threads,
     }
+    sizes = {"draft": len(drafts), **{name: len(values) for name, values in axes.items()}}
     priced: dict[Choice, Prediction | None] = {}
 
-    def choice_of(index: dict[str, int]) -> Choice:
-        return Choice(*drafts[index["draft"]], *(values[index[name]] for name, values in axes.items()))  # type: ignore[arg-type]
-
-    study = _open_study(optuna, storage, f"specmoeoff-{problem}-{seed}")
-    if not study.trials:
-        for start in (0, len(drafts) // 2):
-            middle = {"batch": len(space.batches) // 2, "stream_slots": len(space.stream_slots) // 2}
-            study.enqueue_trial({"draft": start, **dict.fromkeys(axes, 0), **middle})
-    for trial in study.trials:  # of an earlier sitting
-        if trial.state == optuna.trial.TrialState.COMPLETE:
-            choice = choice_of(trial.params)
-            priced.setdefault(choice, price(choice))
-        elif trial.state == optuna.trial.TrialState.RUNNING:  # killed there
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    for done in range(sum(t.state.is_finished() for t in study.trials), n_trials):
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + done)
-        trial = study.ask()
-        sizes = {"draft": len(drafts), **{name: len(values) for name, values in axes.items()}}
-        choice = choice_of({name: trial.suggest_int(name, 0, n - 1) for name, n in sizes.items()})
+    def evaluate(index: Index) -> float | None:
+        choice = Choice(*drafts[index["draft"]], *(values[index[name]] for name, values in axes.items()))  # type: ignore[arg-type]
         if choice not in priced:
             priced[choice] = price(choice)
         found = priced[choice]
-        trial.set_constraint("fits", 0.0 if found else 1.0)
-        study.tell(trial, found.tokens_per_s if found else 0.0)
-        progress((done + 1) / n_trials)
+        return found.tokens_per_s if found else None
+
+    middle = {"batch": len(space.batches) // 2, "stream_slots": len(space.stream_slots) // 2}
+    starts = [{**dict.fromkeys(sizes, 0), "draft": draft, **middle} for draft in (0, len(drafts) // 2)]
+    optuna_trials(sizes, evaluate, starts, n_trials, seed, problem, storage, progress)
     return rank(priced)
+
+
+def optuna_trials(
+    sizes: dict[str, int],
+    evaluate: Callable[[Index], float | None],
+    starts: Iterable[Index],
+    n_trials: int,
+    seed: int,
+    problem: str,
+    storage: str | None = None,
+    progress: Progress = lambda share: None,
+) -> list[tuple[Index, float | None]]:
+    """Every trial's point of a grid of `sizes` and its value (None: does not fit), in their order.
+
+    One trial at a time; TPE is seeded anew from (seed, trial), so a resumed study is identical. Nine trials of ten are a step
+    along one axis from the best so far, in turn for each of the three best drafts, while there are steps not yet tried: TPE
+    finds a region within a hundred trials but not its top, and the best of one draft length is far from another's.
+    `sizes` has the axis `draft`. `problem` names what is asked for: a study is resumed only for the same problem.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = _open_study(optuna, storage, f"specmoeoff-{problem}-{seed}")
+    if not study.trials:
+        for start in starts:
+            study.enqueue_trial(start)
+    tried: list[tuple[Index, float | None]] = []
+    for trial in study.trials:  # of an earlier sitting
+        if trial.state == optuna.trial.TrialState.COMPLETE:
+            tried.append((trial.params, evaluate(trial.params)))
+        elif trial.state == optuna.trial.TrialState.RUNNING:  # killed there
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    waiting = sum(t.state == optuna.trial.TrialState.WAITING for t in study.trials)
+    for done in range(sum(t.state.is_finished() for t in study.trials), n_trials):
+        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + done)
+        if done >= waiting and done % 10 and (step := _step_from_best(sizes, tried, done)):
+            study.enqueue_trial(step)
+        trial = study.ask()
+        index = {name: trial.suggest_int(name, 0, n - 1) for name, n in sizes.items()}
+        value = evaluate(index)
+        tried.append((index, value))
+        trial.set_constraint("fits", 0.0 if value else 1.0)
+        study.tell(trial, value or 0.0)
+        progress((done + 1) / n_trials)
+    return tried
+
+
+def _step_from_best(sizes: dict[str, int], tried: list[tuple[Index, float | None]], turn: int) -> Index | None:
+    """A point not yet tried, one step along one axis from the best of a good draft; None where there is none."""
+    best: dict[int, Index] = {}
+    for index, _ in sorted(tried, key=lambda t: -(t[1] or 0.0)):
+        best.setdefault(index["draft"], index)
+    good = list(best.values())[:3]
+    seen = {tuple(index[name] for name in sizes) for index, _ in tried}
+    for i in range(len(good)):
+        index = good[(turn + i) % len(good)]
+        for distance in (1, -1):
+            for name, n in sizes.items():
+                step = {**index, name: index[name] + distance}
+                if 0 <= step[name] < n and tuple(step[axis] for axis in sizes) not in seen:
+                    return step
+    return None
 
 
 def _open_study(optuna, storage: str | None, name: str):  # type: ignore[no-untyped-def]

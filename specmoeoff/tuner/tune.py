@@ -76,6 +76,10 @@ class Tuner:
                 f"workload {r.workload.name} was measured on model {r.workload.model_name}, not on {spec.name}; "
                 f"run `specmoeoff workload --model {r.model_source}`."
             )
+        if r.workload.popularity is None:
+            raise BadInput(
+                f"workload {r.workload.name}: no popularity; run `specmoeoff workload --model {r.model_source}`."
+            )
         shape = (len(r.workload.popularity), len(r.workload.popularity[0]))
         if shape != (spec.n_layers, spec.n_experts):
             raise BadInput(
@@ -93,12 +97,11 @@ class Tuner:
                 f"fast memory: {in_mib(self.fast_bytes)} lack {need - self.fast_bytes:,} bytes for {fewest} experts of "
                 f"{self._stride:,} bytes; the smallest change that fits is --fast-memory {in_mib(need).replace(' ', '')}."
             )
-        longest = r.workload.prompt_tokens.max + r.workload.output_tokens.max
-        context = r.context_tokens or min(longest, spec.max_positions)
+        context = r.context_tokens or min(r.workload.longest_request_tokens, spec.max_positions)
         if not 0 < context <= spec.max_positions:
             raise BadInput(f"--context {context}: this model has 1 to {spec.max_positions} positions.")
         self.context_tokens = min(-(-context // PAGE) * PAGE, spec.max_positions)
-        self.mean_context = int(r.workload.prompt_tokens.mean + r.workload.output_tokens.mean / 2)
+        self.mean_context = int(r.workload.middle_context_tokens)
         self.host_needs: set[int] = set()
         self.out_of_range: OutOfRange | None = None
         self.n_evaluated = 0
@@ -273,8 +276,18 @@ class Tuner:
         )
 
 
+def plans_for_gpu(request: TuneRequest) -> bool:
+    """Where there is a GPU, unless the CPU's operators were measured at this model's shape: those the runtime can run."""
+    measured = any(table.shape == request.model.shape_key for table in request.profile.operators)
+    return request.profile.machine.gpu is not None and not measured
+
+
 def tune(request: TuneRequest) -> Plan:
     """The best plan that fits, with its plain baseline. Raises AnswerIsNo where nothing fits."""
+    if plans_for_gpu(request):
+        from specmoeoff.tuner.gpu_tune import GpuTuner
+
+        return GpuTuner(request).plan()
     tuner, r = Tuner(request), request
     space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch)
     if r.search == "optuna":

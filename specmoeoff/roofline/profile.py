@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +21,8 @@ from specmoeoff.roofline.probes import cpu as cpu_probes
 from specmoeoff.roofline.probes.disk import Disk, test_file
 from specmoeoff.roofline.probes.gpu import measure_gpu, waived_gpu
 from specmoeoff.roofline.probes.library import gemm_peaks
-from specmoeoff.roofline.probes.link import impossible, measure_links
-from specmoeoff.roofline.probes.operators import measure_operators
+from specmoeoff.roofline.probes.link import COPY_BYTES, copying, cuda_device, impossible, measure_links
+from specmoeoff.roofline.probes.operators import Traffic, measure_operators
 from specmoeoff.roofline.timing import measurement, modes
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, OperatorTable, Quality, Roof
@@ -168,7 +168,10 @@ def measure_profile(
 
         for _ in range(8):
             sample_again()
-        lanes = {"disk": disk.reading} if disk else {}
+        lanes: dict[str, Traffic] = {"disk": disk.reading} if disk else {}
+        if me.gpu and models:
+            with suppress(SpecMoEOffError):  # told with the GPU's own rows
+                lanes["h2d"] = partial(copying, cuda_device()(COPY_BYTES))
         todo = [(spec, n) for n in reversed(counts) for spec in models]
         for i, (spec, n_threads) in enumerate(todo):
             progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))

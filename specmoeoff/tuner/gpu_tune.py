@@ -271,7 +271,7 @@ class GpuTuner:
             "GPU bandwidth": lambda: rate(self.space, replace(rates, gpu_bytes=2 * rates.gpu_bytes)),
             "GPU memory": lambda: rate(self._limited(fast=2 * self.limits["fast"]), rates),
             "host memory": lambda: rate(self._limited(host=2 * self.limits["host"]), rates),
-            "half of the tokens rejected": lambda: rate(
+            "half as many rejections": lambda: rate(
                 replace(self.space, problem=replace(self.problem, drafts=tuple(kept))), rates
             ),
         }

@@ -1,5 +1,6 @@
 """The probes of link and GPU find what a made-up device does, and a copy that goes wrong is not timed."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ import pytest
 
 from specmoeoff.errors import MissingCapability
 from specmoeoff.roofline.probes import gpu, link, pcie
-from specmoeoff.roofline.probes.link import CorruptCopy, Waited, Way, copies_for, measure_curves, parse_cpus
+from specmoeoff.roofline.probes.link import CorruptCopy, Waited, Way, copies_for, copying, measure_curves, parse_cpus
 from specmoeoff.roofline.probes.pcie import PcieLink
 from specmoeoff.roofline.timing import modes
 
@@ -137,6 +138,26 @@ def test_small_copies_are_many_and_large_ones_few() -> None:
     assert [copies_for(s) for s in (1e-9, 7e-6, 3e-4, 0.04)] == [512, 286, 7, 4]
     assert link.SIZES[0] == 4 * KIB
     assert (link.SIZES[-1], len(link.SIZES)) == (1024 * MIB, 19)
+
+
+def test_operators_can_be_measured_beside_copies_to_the_gpu() -> None:
+    device = FakeDevice()
+    with copying(device):
+        while len(device.calls) < 3:
+            time.sleep(0.001)
+    n_calls = len(device.calls)
+    time.sleep(0.01)
+    assert len(device.calls) == n_calls
+    assert {(what, way) for what, way, _ in device.calls} == {("row", Way("h2d", "pinned"))}
+
+
+def test_copies_that_fail_beside_another_measurement_are_told() -> None:
+    class Broken(FakeDevice):
+        def in_a_row(self, way: Way, n_bytes: int, n_copies: int, against: bool) -> float:
+            raise MissingCapability("the GPU's queue ran before it was filled")
+
+    with pytest.raises(MissingCapability, match="queue ran"), copying(Broken()):
+        time.sleep(0.01)
 
 
 class OneByteOff(FakeDevice):

@@ -27,7 +27,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = tuple(4 * KIB << k for k in range(19))
 PCIE_COPY_BYTES = 64 * MIB
 PATTERN_BYTES = 2 * MIB - 1  # no whole number of blocks, so that exchanged ones are seen
-DRAM_BYTES = 512 * MIB
+DRAM_BYTES, COPY_BYTES = 512 * MIB, 64 * MIB
 ROW_S = 2e-3
 # One copy of 1 GiB takes longer than a hundred small ones; more than 512 would near the launch queue's depth of 1024.
 FEWEST, MOST = 4, 512
@@ -190,24 +190,40 @@ def copies_for(seconds_of_one: float) -> int:
     return min(max(math.ceil(ROW_S / max(seconds_of_one, 1e-9)), FEWEST), MOST)
 
 
-@contextmanager
-def reading_dram() -> Iterator[None]:
-    """All cores but the one that enqueues read memory, as experts computed by the CPU do."""
+def reading_dram() -> AbstractContextManager[None]:
+    """Meanwhile all cores but the one that enqueues read memory, as experts computed by the CPU do."""
     n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
     kind = "read_ahead" if is_supported("read_ahead") else "read"
-    move, stop = Move(kind, n_threads, aligned_empty(DRAM_BYTES)), threading.Event()
+    return _meanwhile(Move(kind, n_threads, aligned_empty(DRAM_BYTES)).run)
 
-    def read() -> None:
-        while not stop.is_set():
-            move.run()
 
-    thread = threading.Thread(target=read)
+def copying(device: Device) -> AbstractContextManager[None]:
+    """Meanwhile pinned memory is copied to the GPU, as streamed experts are."""
+    return _meanwhile(lambda: device.in_a_row(Way("h2d", "pinned"), COPY_BYTES, FEWEST, against=False))
+
+
+@contextmanager
+def _meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """`work` over and over on another thread. Raises what it raised."""
+    stop = threading.Event()
+    failed: list[MissingCapability] = []
+
+    def repeat() -> None:
+        try:
+            while not stop.is_set():
+                work()
+        except MissingCapability as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=repeat)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
+    if failed:
+        raise failed[0]
 
 
 def cuda_device() -> Callable[[], "TorchDevice"]:

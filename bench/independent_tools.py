@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
@@ -60,6 +60,14 @@ def fio(path: Path, reader_count: int, chunk_bytes: int) -> float:
     return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"]) / 1e9
 
 
+def moved(kinds: Sequence[str], n_bytes: int, n_threads: int, rounds: int) -> float:
+    """GB/s of the best kind, in small pages as likwid-bench gets them, and made anew as its are: how they lie decides much."""
+    buffer = aligned_empty(n_bytes, huge_pages=False)
+    buffer[:] = 0x3E
+    moves = [Move(kind, n_threads, buffer) for kind in kinds]
+    return max(m.n_bytes * rounds / m.run(rounds).seconds / 1e9 for m in moves)
+
+
 def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], tool: str) -> dict[str, object]:
     """One row of the table."""
     ours(), theirs()
@@ -91,18 +99,15 @@ def main() -> None:
     n_threads = len(os.sched_getaffinity(0))
     if shutil.which("likwid-bench") and "avx512" in machine().isa:
         for level, n_bytes, passes in (("dram", DRAM_BYTES, 24), ("l2", L2_BYTES * n_threads, 20_000)):
-            buffer = aligned_empty(n_bytes, huge_pages=False)  # as likwid-bench gets them
-            buffer[:] = 0x3E
             for move, kernel in MOVES.items():
                 if level == "l2" and move.startswith("nt_"):
                     continue
                 kinds = ("read", "read_ahead") if (level, move) == ("dram", "read") else (move,)
-                probes = [Move(kind, n_threads, buffer) for kind in kinds]
                 rounds = 12 if level == "dram" else 2000
                 rows.append(
                     compare(
                         f"{level}_{move}",
-                        lambda p=probes, r=rounds: max(m.n_bytes * r / m.run(r).seconds / 1e9 for m in p),  # type: ignore[misc]
+                        lambda k=kinds, n=n_bytes, r=rounds: moved(k, n, n_threads, r),  # type: ignore[misc]
                         lambda k=kernel, n=n_bytes, i=passes: likwid(k, n, n_threads, i),  # type: ignore[misc]
                         "likwid-bench",
                     )
@@ -116,7 +121,7 @@ def main() -> None:
                 rows.append(
                     compare(
                         f"disk_read, {n_readers} readers of {chunk // MIB} MiB, {pages} pages",
-                        # Buffers made anew for every sample, as fio's are: how small pages lie decides much.
+                        # Buffers made anew for every sample, as fio's are.
                         lambda n=n_readers, c=chunk, p=path: (  # type: ignore[misc]
                             Reader(p, n, c, has_huge_pages()).read(DISK_S) / 1e9
                         ),

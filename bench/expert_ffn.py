@@ -4,11 +4,11 @@ Prints one row per number of rows and writes bench/expert_ffn.csv: medians, and 
 interval. Weights rotate over many experts, so that they come from memory as when they are streamed.
 """
 
-import csv
 import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from specmoeoff.kernels import cpu
@@ -79,10 +79,7 @@ def main() -> None:
             }
         )
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("cpu", "isa", "threads")))
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Needs Debian's packages likwid and fio; what is missing is left out, visibly. Th
 the system has some set aside (`sysctl vm.nr_hugepages=32`), else into small ones by both.
 """
 
-import csv
 import json
 import os
 import re
@@ -15,6 +14,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
+
+import pandas as pd
 
 from specmoeoff.kernels.cpu import aligned_empty
 from specmoeoff.kernels.cpu.probes import Move
@@ -132,10 +133,7 @@ def main() -> None:
     else:
         print("fio is missing: the disk is not compared (`apt-get install fio`)")
     if rows:
-        with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

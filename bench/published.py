@@ -3,7 +3,6 @@
 Prints every row with its replay or the reason why there is none, and writes bench/published.csv. Nothing is measured here.
 """
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -12,6 +11,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from specmoeoff.errors import SpecMoEOffError
 from specmoeoff.estimate.accuracy import accuracy
@@ -299,10 +299,7 @@ def main() -> None:
             f"{name} by {by}: {len(ratios)} rows, median ratio {median(ratios):.3f}, mean absolute error {errors:.1%}"
         )
     print(f"{sum(one['ratio'] is None for one in told)} rows not modelled")
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, told[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(told)
+    pd.DataFrame(told).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

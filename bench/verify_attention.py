@@ -6,7 +6,6 @@ samples whose two rates differ by more than 5 % are dropped. Writes bench/verify
 """
 
 import argparse
-import csv
 import os
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from specmoeoff.kernels import cpu
 from specmoeoff.kernels.cpu.probes import Move, Peak
@@ -195,10 +195,7 @@ def main() -> None:
         rows.append(measure(case, roof, n_threads, not options.no_peers))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if not options.quick:
-        with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

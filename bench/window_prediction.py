@@ -7,11 +7,12 @@ recalibrate disk and memory speed; the medians of all windows are compared with 
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
+
+import pandas as pd
 
 from specmoeoff.demo import prompts_path
 from specmoeoff.roofline.profile import machine
@@ -132,10 +133,7 @@ def main() -> None:
             print("  ".join(f"{k} {v}" for k, v in row.items() if k not in ("cpu", "threads")), flush=True)
     errors = [abs(float(row["error"])) for row in rows]  # type: ignore[arg-type]
     print(f"mean error {fmean(errors):.1%}, worst {max(errors):.1%} over {len(rows)} windows")
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

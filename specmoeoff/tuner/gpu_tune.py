@@ -7,7 +7,6 @@ from math import ceil
 
 import numpy as np
 
-from specmoeoff import __version__
 from specmoeoff.errors import AnswerIsNo, BadInput, MissingCapability
 from specmoeoff.estimate.gpu_choices import Choices, make_problem
 from specmoeoff.estimate.gpu_memory import BUFFERED_LAYERS, tiers, total
@@ -25,7 +24,6 @@ from specmoeoff.specs.plan import (
     PlanDecode,
     PlanExperts,
     PlanGpu,
-    PlanInputs,
     PlanLimits,
     PlanMemory,
     PlanModel,
@@ -324,18 +322,7 @@ class GpuTuner:
             draft=draft,
             **dict(chosen),
             limits=PlanLimits(fast_memory_bytes=self.limits["fast"], host_memory_bytes=self.limits["host"]),
-            inputs=PlanInputs(
-                profile_name=r.profile.name,
-                machine_fingerprint=r.profile.machine.fingerprint,
-                workload_name=r.workload.name,
-                profile_sha256=sha256_text(r.profile.text()),
-                workload_sha256=sha256_text(r.workload.text()),
-                search=r.search,
-                seed=r.seed,
-                n_evaluated=len(priced.choices),
-                tool_version=__version__,
-                command=r.command,
-            ),
+            inputs=r.inputs(len(priced.choices)),
             plain=plain,
             curve=tuple(curve),
             outlook=self.outlook(best, priced),

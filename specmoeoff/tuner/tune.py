@@ -64,6 +64,21 @@ class TuneRequest:
     measure: Callable[[Plan], float] | None = field(default=None, compare=False)
     progress: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
+    def inputs(self, n_evaluated: int) -> PlanInputs:
+        """What a plan tells of where it came from."""
+        return PlanInputs(
+            profile_name=self.profile.name,
+            machine_fingerprint=self.profile.machine.fingerprint,
+            workload_name=self.workload.name,
+            profile_sha256=sha256_text(self.profile.text()),
+            workload_sha256=sha256_text(self.workload.text()),
+            search=self.search,
+            seed=self.seed,
+            n_evaluated=n_evaluated,
+            tool_version=__version__,
+            command=self.command,
+        )
+
 
 class Tuner:
     """Evaluates choices and turns them into plans."""
@@ -248,18 +263,7 @@ class Tuner:
                 host_memory_bytes=r.host_memory_bytes,
                 disk_limit_gb_per_s=r.disk_limit_gb_per_s,
             ),
-            inputs=PlanInputs(
-                profile_name=r.profile.name,
-                machine_fingerprint=r.profile.machine.fingerprint,
-                workload_name=r.workload.name,
-                profile_sha256=sha256_text(r.profile.text()),
-                workload_sha256=sha256_text(r.workload.text()),
-                search=r.search,
-                seed=r.seed,
-                n_evaluated=self.n_evaluated,
-                tool_version=__version__,
-                command=r.command,
-            ),
+            inputs=r.inputs(self.n_evaluated),
             plain=self.part(plain),
             curve=tuple(curve),
         )

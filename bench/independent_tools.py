@@ -1,7 +1,9 @@
 """Our probes against likwid-bench (memory) and fio (disk), taking turns: do they see the same machine?
 
 Prints one row per kind of move and writes bench/independent_tools.csv: median and interval of the paired ratios theirs /
-ours, where ours is the mean of a sample just before and just after theirs, since shared machines change speed within seconds.
+ours, where ours is the mean of a sample just before and just after theirs. Shared machines change speed within seconds: pairs
+between which ours changed by more than 5 % are dropped. In memory a sample is the better of two forms, theirs as ours: by wide
+or narrow instructions, or fetching ahead. Both use huge pages, since how small ones happen to lie decides a tenth.
 Needs Debian's packages likwid and fio; what is missing is left out, visibly. The disk is read into huge pages by both where
 the system has some set aside (`sysctl vm.nr_hugepages=32`), else into small ones by both.
 """
@@ -11,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
 
@@ -23,22 +25,24 @@ from specmoeoff.roofline.probes.disk import Reader, test_file
 from specmoeoff.roofline.profile import machine
 from specmoeoff.roofline.timing import modes, paired_ratios
 
-PAIRS, MIB = 15, 1 << 20
+PAIRS, TRIES, SAME, MIB = 15, 30, 0.05, 1 << 20
 DRAM_BYTES, L2_BYTES = 384 * MIB, 512 << 10
 DISK_S = 1.0
 MOVES = {
-    "read": "load_avx512",
-    "store": "store_avx512",
-    "nt_store": "store_mem_avx512",
-    "copy": "copy_avx512",
-    "triad": "stream_avx512",
+    "read": ("load_avx512", "load"),
+    "store": ("store_avx512", "store"),
+    "nt_store": ("store_mem_avx512", "store_mem_avx"),
+    "copy": ("copy_avx512", "copy"),
+    "triad": ("stream_avx512", "stream"),
 }
+# glibc then asks for huge pages for what likwid-bench allocates.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def likwid(kernel: str, n_bytes: int, n_threads: int, passes: int) -> float:
     """GB/s; bytes counted as the program moves them, like ours."""
     command = ["likwid-bench", "-t", kernel, "-w", f"S0:{n_bytes // 1000}kB:{n_threads}", "-i", str(passes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | HUGE_PAGES)
     found = re.search(r"MByte/s:\s+([\d.]+)", done.stdout)
     assert found, done.stdout
     return float(found[1]) / 1e3
@@ -61,12 +65,9 @@ def fio(path: Path, reader_count: int, chunk_bytes: int) -> float:
     return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"]) / 1e9
 
 
-def moved(kinds: Sequence[str], n_bytes: int, n_threads: int, rounds: int) -> float:
-    """GB/s of the best kind, in small pages as likwid-bench gets them, and made anew as its are: how they lie decides much."""
-    buffer = aligned_empty(n_bytes, huge_pages=False)
-    buffer[:] = 0x3E
-    moves = [Move(kind, n_threads, buffer) for kind in kinds]
-    return max(m.n_bytes * rounds / m.run(rounds).seconds / 1e9 for m in moves)
+def moved(move: Move, rounds: int) -> float:
+    """GB/s."""
+    return move.n_bytes * rounds / move.run(rounds).seconds / 1e9
 
 
 def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], tool: str) -> dict[str, object]:
@@ -74,10 +75,13 @@ def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], t
     ours(), theirs()
     found: list[tuple[float, float]] = []
     before = ours()
-    for _ in range(PAIRS):
+    for _ in range(TRIES):
         other, after = theirs(), ours()
-        found.append((other, fmean([before, after])))
+        if abs(before / after - 1) <= SAME:
+            found.append((other, fmean([before, after])))
         before = after
+        if len(found) == PAIRS:
+            break
     ratio, low, high, _ = paired_ratios([f[0] for f in found], [f[1] for f in found])
     row: dict[str, object] = {
         "what": name,
@@ -87,6 +91,7 @@ def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], t
         "theirs_over_ours": round(ratio, 3),
         "low": round(low, 3),
         "high": round(high, 3),
+        "pairs": len(found),
         "our_modes": " ".join(f"{m:.1f}" for m in modes([f[1] for f in found])),
         "their_modes": " ".join(f"{m:.1f}" for m in modes([f[0] for f in found])),
         "cpu": machine().cpu,
@@ -99,17 +104,23 @@ def main() -> None:
     rows = []
     n_threads = len(os.sched_getaffinity(0))
     if shutil.which("likwid-bench") and "avx512" in machine().isa:
-        for level, n_bytes, passes in (("dram", DRAM_BYTES, 24), ("l2", L2_BYTES * n_threads, 20_000)):
-            for move, kernel in MOVES.items():
+        whole = aligned_empty(DRAM_BYTES)
+        whole[:] = 0x3E
+        for level, n_bytes, passes in (("dram", DRAM_BYTES, 8), ("l2", L2_BYTES * n_threads, 4_000)):
+            for move, kernels in MOVES.items():
                 if level == "l2" and move.startswith("nt_"):
                     continue
-                kinds = ("read", "read_ahead") if (level, move) == ("dram", "read") else (move,)
-                rounds = 12 if level == "dram" else 2000
+                n_forms = 2 if level == "dram" else 1
+                rounds = 8 if level == "dram" else 2000
+                forms = [(move, 0), ("read_ahead", 0) if move == "read" else (move, -1)][:n_forms]
+                moves = [Move(kind, n_threads, whole[:n_bytes], form) for kind, form in forms]
                 rows.append(
                     compare(
                         f"{level}_{move}",
-                        lambda k=kinds, n=n_bytes, r=rounds: moved(k, n, n_threads, r),  # type: ignore[misc]
-                        lambda k=kernel, n=n_bytes, i=passes: likwid(k, n, n_threads, i),  # type: ignore[misc]
+                        lambda moves=moves, r=rounds: max(moved(m, r) for m in moves),  # type: ignore[misc]
+                        lambda kernels=kernels[:n_forms], n=n_bytes, i=passes: max(  # type: ignore[misc]
+                            likwid(k, n, n_threads, i) for k in kernels
+                        ),
                         "likwid-bench",
                     )
                 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from specmoeoff.kernels.cpu import aligned_empty
-from specmoeoff.kernels.cpu.probes import MOVES, PEAKS, Chase, Move, Peak, Timed, is_supported
+from specmoeoff.kernels.cpu.probes import MOVES, PEAKS, Chase, Move, Peak, Timed, is_supported, n_forms
 from specmoeoff.roofline.timing import measurement, seconds_of
 from specmoeoff.specs.profile import Measurement, Roof
 
@@ -147,6 +147,11 @@ class Memory:
             (f"dram_{move}", n): Move(move, n, self._huge)
             for n in self.thread_counts
             for move in filter(is_supported, MOVES)
+        } | {
+            (f"dram_{move}_narrow", n): Move(move, n, self._huge, form=-1)
+            for n in self.thread_counts
+            for move in ("copy", "triad")
+            if n_forms(move) > 1
         }
         self._dram: dict[tuple[str, int], list[float]] = {}
         self._cached: dict[tuple[str, int], list[float]] = {}
@@ -196,11 +201,13 @@ class Memory:
 
     def finish(self) -> list[Roof]:
         """All roofs. Of caches the most; of DRAM the upper quartile, since neighbours on the same memory slow many samples and
-        speed none up. `dram_read` is the better of plain reads and fetching ahead."""
+        speed none up. `dram_read` is the better of plain reads and fetching ahead; copies and triads are the better of wide and
+        narrow instructions, whose many small steps some prefetchers follow more closely."""
         dram = dict(self._dram)
-        for n in self.thread_counts:
-            if ahead := dram.pop(("dram_read_ahead", n), None):
-                dram["dram_read", n] = [max(pair) for pair in zip(dram["dram_read", n], ahead, strict=True)]
+        for way in ("ahead", "narrow"):
+            for name, n in [key for key in dram if key[0].endswith(f"_{way}")]:
+                plain = name.removesuffix(f"_{way}"), n
+                dram[plain] = [max(pair) for pair in zip(dram[plain], dram.pop((name, n)), strict=True)]
         return [
             Roof(
                 name=name,

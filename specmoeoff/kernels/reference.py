@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from specmoeoff.kernels.cpu import PAGE_TOKENS, KVShape
+
 
 def bf16_to_f64(x: np.ndarray) -> np.ndarray:
     """bf16 carried as uint16, exactly."""
@@ -32,21 +34,38 @@ def rotate(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
     return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)
 
 
-def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, first_position: int) -> np.ndarray:
-    """Causal grouped-query attention of one request, scale inside query.
+def attention(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    first_position: int,
+    window: int = 0,
+    sinks: np.ndarray | None = None,
+    tree: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grouped-query attention of one request, scale inside query, and the log of each row's sum of e^score.
 
-    query (n, heads, dim), keys and values (first_position + n, kv_heads, dim) -> (n, heads, dim).
+    query (n, heads, key_dim), keys and values (first_position + n, kv_heads, dim) -> (n, heads, value_dim), (n, heads).
     """
     n, n_heads, _ = query.shape
     group = n_heads // keys.shape[1]
-    out = np.empty(query.shape)
+    out, log_sums = np.empty((n, n_heads, values.shape[2])), np.empty((n, n_heads))
+    position = np.arange(first_position + n)
     for token in range(n):
-        seen = first_position + token + 1
+        own = first_position + token
+        seen = position <= own
+        if tree is not None:
+            seen = position < first_position
+            seen[first_position:] = [int(tree[token]) >> j & 1 for j in range(n)]
+        if window:
+            seen &= position > own - window
         for head in range(n_heads):
-            scores = keys[:seen, head // group] @ query[token, head]
-            weights = np.exp(scores - scores.max())
-            out[token, head] = weights @ values[:seen, head // group] / weights.sum()
-    return out
+            scores = keys[seen, head // group] @ query[token, head]
+            beside = np.concatenate([scores, [] if sinks is None else sinks[head : head + 1]])
+            weights, total = np.exp(scores - beside.max()), np.exp(beside - beside.max()).sum()
+            out[token, head] = weights @ values[seen, head // group] / total
+            log_sums[token, head] = beside.max() + np.log(total)
+    return out, log_sums
 
 
 def expert(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -63,10 +82,29 @@ def route(logits: np.ndarray, n_active: int) -> tuple[np.ndarray, np.ndarray]:
     return index, weight / weight.sum(axis=-1, keepdims=True)
 
 
-def unpack_pages(k_pages: np.ndarray, v_pages: np.ndarray, pages: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n keys and values of a request, each (n, kv_heads, dim), from its pages."""
-    keys, values = k_pages[pages], v_pages[pages]  # (p, heads, dim/2, 64, 2), (p, heads, 32, dim, 2)
-    heads = keys.shape[1]
-    k = keys.transpose(0, 3, 1, 2, 4).reshape(-1, heads, keys.shape[2] * 2)
-    v = values.transpose(0, 2, 4, 1, 3).reshape(-1, heads, values.shape[3])
-    return bf16_to_f64(k[:n]), bf16_to_f64(v[:n])
+def unpack_pages(pages: np.ndarray, shape: KVShape, table: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first n keys and values of a request, (n, kv_heads, key_dim) and (n, kv_heads, value_dim), from its pages."""
+    dtype = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32, "int8": np.int8}[shape.format]
+    per_step, size = 2 if shape.format == "bf16" else 1, np.dtype(dtype).itemsize
+    key_bytes, value_bytes = (dim * PAGE_TOKENS * size for dim in (shape.key_dim, shape.value_dim))
+    heads = np.ascontiguousarray(pages[table]).reshape(len(table), shape.n_kv_heads, -1)
+    widen = bf16_to_f64 if shape.format == "bf16" else lambda x: x.astype(np.float64)
+
+    def strip(raw: np.ndarray, columns: int) -> np.ndarray:
+        """(pages, heads, bytes) of one strip -> (pages, heads, summed dimension, columns)."""
+        found = np.ascontiguousarray(raw).view(dtype).reshape(*raw.shape[:2], -1, columns, per_step)
+        return widen(found.transpose(0, 1, 2, 4, 3).reshape(*raw.shape[:2], -1, columns))
+
+    halves = np.split(heads[..., :key_bytes], PAGE_TOKENS // 64, axis=-1)
+    keys = np.concatenate([strip(half, 64) for half in halves], axis=-1).swapaxes(2, 3)
+    values = []
+    for first in range(0, shape.value_dim, 64):
+        columns = min(64, shape.value_dim - first)
+        begin = key_bytes + first * PAGE_TOKENS * size
+        values.append(strip(heads[..., begin : begin + columns * PAGE_TOKENS * size], columns))
+    found = [keys, np.concatenate(values, axis=-1)]
+    if shape.format == "int8":
+        scales = np.ascontiguousarray(heads[..., key_bytes + value_bytes :]).view(np.float32)
+        found = [x * scales[..., i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS, None] for i, x in enumerate(found)]
+    k, v = (x.swapaxes(1, 2).reshape(-1, shape.n_kv_heads, x.shape[-1])[:n] for x in found)
+    return k, v

@@ -110,8 +110,7 @@ class Model:
             self._layers[layer],
             rows.batch,
             work.x[part],
-            self.kv.k_pages[layer],
-            self.kv.v_pages[layer],
+            self.kv.pages[layer],
             work.normed[part],
             work.expert_index[part],
             work.expert_weight[part],
@@ -147,7 +146,7 @@ class Model:
         """All layers over rows that begin with row 0."""
         n, work = rows.last, self.work
         arrays = (work.normed[:n], work.expert_index[:n], work.expert_weight[:n], work.expert_out[:n])
-        self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.k_pages, self.kv.v_pages, *arrays)
+        self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.pages, *arrays)
 
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """The most likely next token after each of `rows` (n,), int32; logits (n, vocab) float32 if wanted."""

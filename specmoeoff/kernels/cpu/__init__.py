@@ -18,9 +18,11 @@ import numpy as np
 
 from specmoeoff.errors import MissingCapability
 
-PAGE_TOKENS = 64
+PAGE_TOKENS = 128
 LANES = 16
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576  # DeepSeek's latent keys
+MAX_TREE_TOKENS = 64
+KV_FORMATS = ("bf16", "fp16", "fp32", "int8")  # as attention.h numbers them
 MAX_SIZE = 1 << 30  # of any dimension: C's 32-bit indices and 64-bit byte counts cannot overflow
 MAX_THREADS = 1024  # libgomp ends the process where it cannot start one
 HUGE_PAGE = 1 << 21
@@ -35,6 +37,19 @@ class _Shape(Structure):
             for name in ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")
         ),
         ("rms_eps", c_float),
+    ]
+
+
+class _KVShape(Structure):
+    _fields_ = [(name, c_int32) for name in ("n_heads", "n_kv_heads", "key_dim", "value_dim", "format", "window")]
+
+
+class _Attention(Structure):
+    _fields_ = [
+        ("shape", POINTER(_KVShape)),
+        ("batch", c_void_p),
+        *((name, c_void_p) for name in ("pages", "sinks", "tree", "log_sums")),
+        ("wide_result", c_int32),
     ]
 
 
@@ -61,17 +76,19 @@ _SIGNATURES = {
     "smo_pack_expert": (None, [c_void_p] * 3 + [c_int, c_int, c_void_p]),
     "smo_linear": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
     "smo_rmsnorm": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p]),
-    "smo_verify_attention": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Batch)] + [c_void_p] * 5),
-    "smo_partial_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int]),
+    "smo_kv_page_bytes": (c_size_t, [POINTER(_KVShape)]),
+    "smo_partial_bytes": (c_size_t, [POINTER(_KVShape), c_int, c_int]),
+    "smo_append_kv": (None, [c_int, c_int, POINTER(_Attention), c_void_p, c_void_p]),
+    "smo_verify_attention": (None, [c_int, c_int, POINTER(_Attention)] + [c_void_p] * 3),
     "smo_attention_scratch_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int]),
-    "smo_attention_block": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Layer), POINTER(_Batch)] + [c_void_p] * 7),
+    "smo_attention_block": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Layer), POINTER(_Batch)] + [c_void_p] * 6),
     "smo_experts_scratch_bytes": (c_size_t, [c_int, c_int]),
     "smo_experts": (None, [c_int] * 5 + [c_void_p, c_int] + [c_void_p] * 5),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
     "smo_dense_pass": (
         None,
         [c_int, c_int, POINTER(_Shape), c_int, c_void_p, c_void_p, POINTER(_Batch)]
-        + [c_void_p] * 3
+        + [c_void_p] * 2
         + [c_size_t]
         + [c_void_p] * 5,
     ),
@@ -256,8 +273,52 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndar
 
 
 @dataclass(frozen=True)
+class KVShape:
+    """Sizes of attention. Head dims are multiples of 16, at most MAX_HEAD_DIM; `window`: tokens a row sees, itself included, 0: all.
+
+    Keys and values are kept as `format`, one of KV_FORMATS: int8 with an fp32 scale per token, KV head, and keys or values.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    key_dim: int
+    value_dim: int
+    format: str = "bf16"
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_heads", "n_kv_heads"):
+            _size(name, getattr(self, name))
+        for name in ("key_dim", "value_dim"):
+            _size(name, getattr(self, name), 16, MAX_HEAD_DIM)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        _size("n_heads: the width of queries and keys", (self.n_heads + self.n_kv_heads) * self.key_dim)
+        _size("n_heads: the width of results and values", (self.n_heads + self.n_kv_heads) * self.value_dim)
+        if self.format not in KV_FORMATS:
+            raise ValueError(f"format must be one of {', '.join(KV_FORMATS)}, not {self.format!r}")
+        if self.window != 0:
+            _size("window", self.window)
+
+    @functools.cached_property
+    def c_struct(self) -> _KVShape:
+        """For C."""
+        sizes = (self.n_heads, self.n_kv_heads, self.key_dim, self.value_dim)
+        return _KVShape(*sizes, KV_FORMATS.index(self.format), self.window)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Of the keys and values of PAGE_TOKENS tokens."""
+        return int(_library().smo_kv_page_bytes(self.c_struct))
+
+    @property
+    def query_dtype(self) -> type:
+        return np.uint16 if self.format == "bf16" else np.float32
+
+
+@dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a layer. hidden and head_dim are multiples of 16, head_dim at most 256."""
+    """Sizes of a layer. hidden and head_dim are multiples of 16, head_dim at most MAX_HEAD_DIM."""
 
     hidden: int
     n_heads: int
@@ -284,6 +345,11 @@ class LayerShape:
     def c_struct(self) -> _Shape:
         """For C."""
         return _Shape(*(getattr(self, name) for name, _ in _Shape._fields_))
+
+    @functools.cached_property
+    def kv(self) -> KVShape:
+        """Its attention's."""
+        return KVShape(self.n_heads, self.n_kv_heads, self.head_dim, self.head_dim)
 
     @property
     def qkv_width(self) -> int:
@@ -351,10 +417,17 @@ class Batch:
     """Ragged rows: request r has rows row_start[r] .. row_start[r+1]-1 at positions first_position[r] + j.
 
     row_start (n_requests + 1,), first_position (n_requests,), page_table (n_requests, max_pages), all int32. No page serves
-    twice among those that the requests' positions, new ones included, reach.
+    twice among those that the requests' positions, new ones included, reach. tree (n_rows,) uint64: bit j of a row says that it
+    sees new token j of its own request, at most MAX_TREE_TOKENS; bit i of row i is set. Without it a row sees those before it.
     """
 
-    def __init__(self, row_start: np.ndarray, first_position: np.ndarray, page_table: np.ndarray) -> None:
+    def __init__(
+        self,
+        row_start: np.ndarray,
+        first_position: np.ndarray,
+        page_table: np.ndarray,
+        tree: np.ndarray | None = None,
+    ) -> None:
         # Copies: what was checked is what C will see.
         row_start, first_position, page_table = (
             np.array(a, order="C") for a in (row_start, first_position, page_table)
@@ -381,7 +454,17 @@ class Batch:
         pages = np.sort(page_table[np.arange(page_table.shape[1]) * PAGE_TOKENS < ends[:, None]])
         if (pages[1:] == pages[:-1]).any():
             raise ValueError("page_table: a page in use occurs twice")
-        self._arrays = (row_start, first_position, page_table)
+        self.tree = None
+        if tree is not None:
+            tree = np.array(tree, order="C")
+            self.tree = _pointer(tree, np.uint64, (self.n_rows,), "tree")
+            counts = np.diff(row_start)
+            own = np.arange(self.n_rows) - np.repeat(row_start[:-1], counts)
+            if counts.max() > MAX_TREE_TOKENS:
+                raise ValueError(f"tree: a request has {counts.max()} new tokens, at most {MAX_TREE_TOKENS} can be masked")
+            if not (tree >> own.astype(np.uint64) & np.uint64(1)).all():
+                raise ValueError("tree: a row must see itself")
+        self._arrays = (row_start, first_position, page_table, tree)
         self.c_struct = _Batch(n, self.n_rows, page_table.shape[1], *pointers)
 
 
@@ -419,60 +502,89 @@ class Kernels:
 
     def verify_attention(
         self,
-        shape: LayerShape,
+        shape: KVShape,
         batch: Batch,
-        k_pages: np.ndarray,
-        v_pages: np.ndarray,
+        pages: np.ndarray,
         query: np.ndarray,
         out: np.ndarray,
+        sinks: np.ndarray | None = None,
+        log_sums: np.ndarray | None = None,
     ) -> None:
-        """out (M, n_heads * head_dim) bf16: attention of rotated, scaled queries over appended pages."""
-        _of("shape", shape, LayerShape)
-        keys, values = self._pages(shape, batch, k_pages, v_pages)
-        width = (batch.n_rows, shape.n_heads * shape.head_dim)
-        source, target = _pointer(query, np.uint16, width, "query"), _pointer(out, np.uint16, width, "out", write=True)
-        _apart([("out", out)], ("k_pages", k_pages), ("v_pages", v_pages), ("query", query))
+        """out (M, n_heads * value_dim) bf16 or float32: attention of rotated, scaled queries over appended pages.
+
+        pages (n_pages, page_bytes) uint8; query (M, n_heads * key_dim) bf16 over bf16 pages, else float32; sinks (n_heads,)
+        float32: a logit beside every row's scores; log_sums (M, n_heads) float32 out: log of the sum of e^score.
+        """
+        attention = self._attention(shape, batch, pages)
+        rows = batch.n_rows
+        source = _pointer(query, shape.query_dtype, (rows, shape.n_heads * shape.key_dim), "query")
+        wide = isinstance(out, np.ndarray) and out.dtype == np.float32
+        dtype = np.float32 if wide else np.uint16
+        target = _pointer(out, dtype, (rows, shape.n_heads * shape.value_dim), "out", write=True)
+        written, read = [("out", out)], [("pages", pages), ("query", query)]
+        if sinks is not None:
+            attention.sinks = _pointer(sinks, np.float32, (shape.n_heads,), "sinks")
+            read.append(("sinks", sinks))
+        if log_sums is not None:
+            attention.log_sums = _pointer(log_sums, np.float32, (rows, shape.n_heads), "log_sums", write=True)
+            written.append(("log_sums", log_sums))
+        attention.wide_result = wide
+        _apart(written, *read)
         library = _library()
-        scratch = self._scratch_of(library.smo_partial_bytes(shape.c_struct, batch.n_rows, batch.end))
-        library.smo_verify_attention(
-            self._isa, self.n_threads, shape.c_struct, batch.c_struct, keys, values, source, target, scratch
+        scratch = self._scratch_of(library.smo_partial_bytes(shape.c_struct, rows, batch.end))
+        library.smo_verify_attention(self._isa, self.n_threads, attention, source, target, scratch)
+
+    def append_kv(self, shape: KVShape, batch: Batch, pages: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+        """Store keys (M, n_kv_heads * key_dim) and values (M, n_kv_heads * value_dim), float32, in pages (n_pages, page_bytes)."""
+        attention = self._attention(shape, batch, pages)
+        rows = batch.n_rows
+        sources = (
+            _pointer(keys, np.float32, (rows, shape.n_kv_heads * shape.key_dim), "keys"),
+            _pointer(values, np.float32, (rows, shape.n_kv_heads * shape.value_dim), "values"),
+        )
+        _apart([("pages", pages)], ("keys", keys), ("values", values))
+        _library().smo_append_kv(self._isa, self.n_threads, attention, *sources)
+
+    @staticmethod
+    def _attention(shape: KVShape, batch: Batch, pages: np.ndarray) -> _Attention:
+        _of("shape", shape, KVShape)
+        address = Kernels._pages(shape, batch, pages)
+        return _Attention(
+            ctypes.pointer(shape.c_struct), ctypes.addressof(batch.c_struct), address, None, batch.tree, None, 0
         )
 
     @staticmethod
-    def _pages(
-        shape: LayerShape, batch: Batch, k_pages: np.ndarray, v_pages: np.ndarray, layers: tuple[int, ...] = ()
-    ) -> tuple[int, int]:
+    def _pages(shape: KVShape, batch: Batch, pages: np.ndarray, layers: tuple[int, ...] = ()) -> int:
         _of("batch", batch, Batch)
-        heads, dim = shape.n_kv_heads, shape.head_dim
-        keys = _pointer(k_pages, np.uint16, (*layers, None, heads, dim // 2, PAGE_TOKENS, 2), "k_pages", write=True)
-        n_pages = k_pages.shape[len(layers)]
-        values = _pointer(
-            v_pages, np.uint16, (*layers, n_pages, heads, PAGE_TOKENS // 2, dim, 2), "v_pages", write=True
-        )
+        address = _pointer(pages, np.uint8, (*layers, None, shape.page_bytes), "pages", write=True)
+        n_pages = pages.shape[len(layers)]
         if batch.highest_page >= n_pages:
             raise ValueError(f"page_table: page {batch.highest_page} is beyond the {n_pages} pages")
-        return keys, values
+        if address % 4:
+            raise ValueError("pages: must be aligned to 4 bytes")
+        return address
 
     def attention_block(
         self,
         layer: LayerWeights,
         batch: Batch,
         x: np.ndarray,
-        k_pages: np.ndarray,
-        v_pages: np.ndarray,
+        pages: np.ndarray,
         normed: np.ndarray,
         expert_index: np.ndarray,
         expert_weight: np.ndarray,
     ) -> None:
         """Norm, QKV, rotary embedding, KV append, attention, output projection, residual, norm, router.
 
-        x (M, hidden) float32 in and out; k_pages (n_pages, n_kv_heads, head_dim / 2, 64, 2) and v_pages (n_pages,
-        n_kv_heads, 32, head_dim, 2) bf16 of this layer; out: normed (M, hidden) bf16, expert_index (M, n_active) int32,
+        x (M, hidden) float32 in and out; pages (n_pages, page_bytes) uint8 of this layer; out: normed (M, hidden) bf16, expert_index (M, n_active) int32,
         expert_weight (M, n_active) float32 (softmax over all, renormalised over the chosen, as Mixtral's).
         """
         _of("layer", layer, LayerWeights)
-        keys, values = self._pages(layer.shape, batch, k_pages, v_pages)
+        _of("batch", batch, Batch)
         shape, m = layer.shape, batch.n_rows
+        address = self._pages(shape.kv, batch, pages)
+        if batch.tree is not None:
+            raise ValueError("batch: a tree's positions are not known here; use verify_attention")
         if batch.end > layer.n_positions:
             raise ValueError(f"batch: position {batch.end - 1} is beyond the {layer.n_positions} rotary positions")
         residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
@@ -484,8 +596,7 @@ class Kernels:
         _apart(
             [
                 ("x", x),
-                ("k_pages", k_pages),
-                ("v_pages", v_pages),
+                ("pages", pages),
                 ("normed", normed),
                 ("expert_index", expert_index),
                 ("expert_weight", expert_weight),
@@ -500,8 +611,7 @@ class Kernels:
             layer.c_struct,
             batch.c_struct,
             residual,
-            keys,
-            values,
+            address,
             *outputs,
             scratch,
         )
@@ -567,18 +677,20 @@ class Kernels:
         stack: DenseStack,
         batch: Batch,
         x: np.ndarray,
-        k_pages: np.ndarray,
-        v_pages: np.ndarray,
+        pages: np.ndarray,
         normed: np.ndarray,
         expert_index: np.ndarray,
         expert_weight: np.ndarray,
         expert_out: np.ndarray,
     ) -> None:
-        """All layers at once: attention_block, experts and combine of each, bit for bit. k_pages and v_pages as there,
+        """All layers at once: attention_block, experts and combine of each, bit for bit. pages as there,
         with a leading axis of layers; expert_out (M, hidden) float32 is workspace."""
         _of("stack", stack, DenseStack)
-        keys, values = self._pages(stack.shape, batch, k_pages, v_pages, (stack.n_layers,))
+        _of("batch", batch, Batch)
         shape, m = stack.shape, batch.n_rows
+        address = self._pages(shape.kv, batch, pages, (stack.n_layers,))
+        if batch.tree is not None:
+            raise ValueError("batch: a tree's positions are not known here; use verify_attention")
         if batch.end > stack.n_positions:
             raise ValueError(f"batch: position {batch.end - 1} is beyond the {stack.n_positions} rotary positions")
         residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
@@ -591,8 +703,7 @@ class Kernels:
         _apart(
             [
                 ("x", x),
-                ("k_pages", k_pages),
-                ("v_pages", v_pages),
+                ("pages", pages),
                 ("normed", normed),
                 ("expert_index", expert_index),
                 ("expert_weight", expert_weight),
@@ -615,9 +726,8 @@ class Kernels:
             stack.c_experts,
             batch.c_struct,
             residual,
-            keys,
-            values,
-            k_pages.size // stack.n_layers,
+            address,
+            pages.nbytes // stack.n_layers,
             *pointers,
             scratch,
         )

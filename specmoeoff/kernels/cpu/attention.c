@@ -4,6 +4,7 @@
  * range of positions. Ranges lie at fixed positions and each begins anew; what they found is merged in their order. So a row's
  * bits depend neither on how the work is split nor on what it is split with, and one long request keeps all threads busy.
  */
+#include <math.h>
 #include <omp.h>
 #include <string.h>
 
@@ -11,29 +12,108 @@
 #include "tiles.h"
 
 enum {
-    RANGE_TOKENS = 4096, /* a multiple of BLOCK_TOKENS */
+    RANGE_TOKENS = 4096, /* a multiple of PAGE_TOKENS */
     ITEM_ROWS = 48,      /* rows of all its heads: scores, probabilities and outputs stay in the L2 cache */
     ITEMS_A_THREAD = 8,  /* enough to even out threads of unequal speed */
-    MAX_DIM = 256,
-    RECORD = 2 * LANES /* what stands before the output in a partial result: reference, sums */
+    MAX_DIM = 576,
+    RECORD = 2 * LANES, /* what stands before the output in a partial result: reference, sums */
+    VECTORS = PAGE_TOKENS / LANES
 };
 
-static int ranges(int end) { return (end + RANGE_TOKENS - 1) / RANGE_TOKENS; }
-static size_t record_floats(const layer_shape_t *s) { return RECORD + (size_t)s->head_dim; }
+static const struct {
+    size_t bytes;     /* of a number */
+    size_t per_step;  /* numbers of a column that are multiplied at once */
+    int wide;         /* queries and probabilities are fp32 */
+    int scaled;
+} FORMATS[] = {[KV_BF16] = {2, 2, 0, 0}, [KV_FP16] = {2, 1, 1, 0}, [KV_FP32] = {4, 1, 1, 0}, [KV_INT8] = {1, 1, 1, 1}};
 
-size_t partial_bytes(const layer_shape_t *s, int n_rows, int end)
+static size_t key_bytes(const kv_shape_t *s) { return (size_t)s->key_dim * PAGE_TOKENS * FORMATS[s->format].bytes; }
+static size_t value_bytes(const kv_shape_t *s) { return (size_t)s->value_dim * PAGE_TOKENS * FORMATS[s->format].bytes; }
+static size_t head_bytes(const kv_shape_t *s)
+{
+    return key_bytes(s) + value_bytes(s) + (FORMATS[s->format].scaled ? 2 * PAGE_TOKENS * sizeof(float) : 0);
+}
+size_t kv_page_bytes(const kv_shape_t *s) { return (size_t)s->n_kv_heads * head_bytes(s); }
+
+static int ranges(int end) { return (end + RANGE_TOKENS - 1) / RANGE_TOKENS; }
+static size_t record_floats(const kv_shape_t *s) { return RECORD + (size_t)s->value_dim; }
+
+size_t partial_bytes(const kv_shape_t *s, int n_rows, int end)
 {
     return end > RANGE_TOKENS ? (size_t)ranges(end) * (size_t)n_rows * (size_t)s->n_heads * record_floats(s) * sizeof(float) : 0;
 }
-
-typedef struct {
-    int request, first_head, n_heads, first_row, n_rows, range; /* rows of each head: (token, query head of the group) */
-} item_t;
 
 static int end_of(const batch_t *b, int request)
 {
     return b->first_position[request] + b->row_start[request + 1] - b->row_start[request];
 }
+
+/* ---- append ------------------------------------------------------------------------------------------------------------- */
+
+/* Number `at` of a column of a strip as wide as `columns`. */
+static size_t place(const kv_shape_t *s, int column, int columns, int at)
+{
+    const size_t per = FORMATS[s->format].per_step, step = (size_t)at / per;
+    return (step * (size_t)columns + (size_t)column) * per + (size_t)at % per;
+}
+
+static void put(const kv_shape_t *s, unsigned char *to, size_t at, const void *numbers, int i)
+{
+    const size_t bytes = FORMATS[s->format].bytes;
+    memcpy(to + at * bytes, (const unsigned char *)numbers + (size_t)i * bytes, bytes);
+}
+
+/* n floats in the pages' format; the scale of int8. */
+static float convert(const isa_t *isa, const kv_shape_t *s, const float *x, int n, void *out)
+{
+    float scale = 1.f, most = 0.f;
+    switch (s->format) {
+    case KV_BF16: isa->to_bf16(x, 1.f, n, out); break;
+    case KV_FP16: isa->to_fp16(x, n, out); break;
+    case KV_FP32: memcpy(out, x, sizeof(float) * (size_t)n); break;
+    default:
+        for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+        scale = most > 0.f ? most / 127.f : 1.f;
+        for (int i = 0; i < n; i++) ((int8_t *)out)[i] = (int8_t)lrintf(x[i] / scale);
+    }
+    return scale;
+}
+
+void append_kv(const isa_t *isa, const attention_t *a, int request, int row, const float *keys, const float *values)
+{
+    const kv_shape_t *s = a->shape;
+    const batch_t *b = a->batch;
+    const int position = b->first_position[request] + row - b->row_start[request], slot = position % PAGE_TOKENS;
+    const int is_last = row + 1 == b->row_start[request + 1];
+    const int page = b->page_table[(size_t)request * (size_t)b->max_pages + (size_t)(position / PAGE_TOKENS)];
+    float numbers[MAX_DIM];
+    for (int head = 0; head < s->n_kv_heads; head++) {
+        unsigned char *key = a->pages + (size_t)page * kv_page_bytes(s) + (size_t)head * head_bytes(s), *value = key + key_bytes(s);
+        float *scales = (float *)(value + value_bytes(s));
+        const float key_scale = convert(isa, s, keys + (size_t)head * (size_t)s->key_dim, s->key_dim, numbers);
+        unsigned char *strip = key + (size_t)(slot / COLUMNS) * (key_bytes(s) / (PAGE_TOKENS / COLUMNS));
+        for (int i = 0; i < s->key_dim; i++) put(s, strip, place(s, slot % COLUMNS, COLUMNS, i), numbers, i);
+        const float value_scale = convert(isa, s, values + (size_t)head * (size_t)s->value_dim, s->value_dim, numbers);
+        for (int i = 0; i < s->value_dim; i++) {
+            const int first = i / COLUMNS * COLUMNS, columns = s->value_dim - first < COLUMNS ? s->value_dim - first : COLUMNS;
+            unsigned char *into = value + (size_t)first * PAGE_TOKENS * FORMATS[s->format].bytes;
+            put(s, into, place(s, i - first, columns, slot), numbers, i);
+            /* A pair's other half may hold anything; probability 0 times NaN would still be NaN. */
+            if (is_last && slot % 2 == 0 && FORMATS[s->format].per_step == 2)
+                memset(into + place(s, i - first, columns, slot + 1) * FORMATS[s->format].bytes, 0, FORMATS[s->format].bytes);
+        }
+        if (FORMATS[s->format].scaled) {
+            scales[slot] = key_scale;
+            scales[PAGE_TOKENS + slot] = value_scale;
+        }
+    }
+}
+
+/* ---- one item ----------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int request, first_head, n_heads, first_row, n_rows, range; /* rows of each head: (token, query head of the group) */
+} item_t;
 
 /* Number of (token, query head) of a folded row. */
 static size_t output_of(const attention_t *a, int request, int head, int row)
@@ -42,106 +122,144 @@ static size_t output_of(const attention_t *a, int request, int head, int row)
     return (size_t)(a->batch->row_start[request] + row / group) * (size_t)a->shape->n_heads + (size_t)(head * group + row % group);
 }
 
-/* Online softmax over the blocks of a range. The heads take turns at every block: a page is read from one end to the other. */
-static void attend(const isa_t *isa, const attention_t *a, item_t item, const uint16_t *query, uint16_t *result, float *partials)
+static void write_result(const isa_t *isa, const attention_t *a, size_t at, float reference, const float *sums, const float *output, void *result)
 {
-    const layer_shape_t *s = a->shape;
+    const int n = a->shape->value_dim;
+    float sum = isa->sum_of(sums), scale = 1.f;
+    if (a->sinks) {
+        const float sink = a->sinks[at % (size_t)a->shape->n_heads], highest = fmaxf(sink, reference);
+        scale = expf(reference - highest);
+        sum = sum * scale + expf(sink - highest);
+        reference = highest;
+    }
+    if (a->log_sums) a->log_sums[at] = reference + logf(sum);
+    if (a->wide_result) isa->scale(output, scale / sum, n, (float *)result + at * (size_t)n);
+    else isa->to_bf16(output, scale / sum, n, (uint16_t *)result + at * (size_t)n);
+}
+
+/* Which of a page's tokens, the first at position `first`, a row sees: bits in `mask`, and whether those are all. */
+static int sees(const attention_t *a, int request, int row, int first, uint16_t *mask)
+{
     const batch_t *b = a->batch;
-    const int dim = s->head_dim, group = s->n_heads / s->n_kv_heads, n = item.n_rows, n_all = n * item.n_heads;
-    float scores[TILE_ROWS * BLOCK_TOKENS] __attribute__((aligned(64)));
+    const int token = row / (a->shape->n_heads / a->shape->n_kv_heads), context = b->first_position[request];
+    const int limit = context + token + 1, lowest = a->shape->window && limit > a->shape->window ? limit - a->shape->window : 0;
+    const int last = first + PAGE_TOKENS; /* no overflow: positions end below 2^30 */
+    if (first >= lowest && last <= (a->tree ? context : limit)) return 1;
+    for (int j = 0; j < VECTORS; j++) {
+        mask[j] = 0;
+        for (int i = 0; i < LANES; i++) {
+            const int position = first + j * LANES + i;
+            const int seen = position < context || (position < limit && !a->tree) ||
+                             (a->tree && position < end_of(b, request) && (a->tree[b->row_start[request] + token] >> (position - context) & 1));
+            mask[j] |= (uint16_t)((position >= lowest && seen) << i);
+        }
+    }
+    return 0;
+}
+
+/* Online softmax over the pages of a range, head by head: a page is read from one end to the other. */
+static void attend(const isa_t *isa, const attention_t *a, item_t item, const void *query, void *result, float *partials)
+{
+    const kv_shape_t *s = a->shape;
+    const batch_t *b = a->batch;
+    const int group = s->n_heads / s->n_kv_heads, n = item.n_rows, n_all = n * item.n_heads, wide = FORMATS[s->format].wide;
+    const size_t bytes = FORMATS[s->format].bytes, per_step = FORMATS[s->format].per_step;
+    const size_t number = wide ? sizeof(float) : sizeof(uint16_t);
+    float scores[TILE_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
     float outputs[ITEM_ROWS * MAX_DIM] __attribute__((aligned(64)));
     float sums[ITEM_ROWS * LANES] __attribute__((aligned(64)));
-    uint16_t probabilities[ITEM_ROWS * BLOCK_TOKENS] __attribute__((aligned(64)));
-    const uint16_t *queries[ITEM_ROWS], *weights[ITEM_ROWS];
+    float probabilities[ITEM_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
+    const void *queries[ITEM_ROWS], *weights[ITEM_ROWS];
     float reference[ITEM_ROWS];
-    int limit[ITEM_ROWS];
+    const size_t dim = (size_t)s->value_dim;
 
     for (int i = 0; i < n_all; i++) {
-        const int row = item.first_row + i % n;
-        queries[i] = query + output_of(a, item.request, item.first_head + i / n, row) * (size_t)dim;
-        weights[i] = probabilities + i * BLOCK_TOKENS;
-        limit[i] = b->first_position[item.request] + row / group + 1;
+        const size_t at = output_of(a, item.request, item.first_head + i / n, item.first_row + i % n);
+        queries[i] = (const unsigned char *)query + at * (size_t)s->key_dim * number;
+        weights[i] = (const unsigned char *)probabilities + (size_t)(i % n) * PAGE_TOKENS * number;
         reference[i] = LOWEST;
     }
-    memset(outputs, 0, sizeof(float) * (size_t)n_all * (size_t)dim);
+    memset(outputs, 0, sizeof(float) * (size_t)n_all * dim);
     memset(sums, 0, sizeof(float) * (size_t)n_all * LANES);
 
-    const int begin = item.range * RANGE_TOKENS;
-    const int end = limit[n - 1] < begin + RANGE_TOKENS ? limit[n - 1] : begin + RANGE_TOKENS;
-    const int last_page = (end - 1) / PAGE_TOKENS, n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const int32_t *table = b->page_table + (size_t)item.request * b->max_pages;
-    const size_t head_elements = (size_t)dim * PAGE_TOKENS, step = 2 * head_elements / (size_t)(n_tiles * (dim / 2)) + 1;
-    for (int first = begin; first < end; first += BLOCK_TOKENS) {
-        const int used = end - first < BLOCK_TOKENS ? end - first : BLOCK_TOKENS;
-        const uint16_t *keys[BLOCK_PAGES], *values[BLOCK_PAGES], *later[BLOCK_PAGES];
-        for (int i = 0; i < BLOCK_PAGES; i++) {
-            const int wanted = first / PAGE_TOKENS + i, page = wanted < last_page ? wanted : last_page;
-            const int next_page = page + BLOCK_PAGES <= last_page ? page + BLOCK_PAGES : page;
-            keys[i] = a->k_pages + (size_t)table[page] * page_elements(s) + (size_t)item.first_head * head_elements;
-            values[i] = a->v_pages + (keys[i] - a->k_pages);
-            later[i] = a->k_pages + (size_t)table[next_page] * page_elements(s) + (size_t)item.first_head * head_elements;
-        }
+    const int first_token = item.first_row / group, last_token = (item.first_row + n - 1) / group;
+    const int lowest = s->window ? b->first_position[item.request] + first_token + 1 - s->window : 0;
+    int begin = item.range * RANGE_TOKENS, end = begin + RANGE_TOKENS;
+    const int limit = a->tree ? end_of(b, item.request) : b->first_position[item.request] + last_token + 1;
+    if (limit < end) end = limit;
+    if (lowest > begin) begin = lowest / PAGE_TOKENS * PAGE_TOKENS;
+    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, key_steps = (int)((size_t)s->key_dim / per_step);
+    const int32_t *table = b->page_table + (size_t)item.request * (size_t)b->max_pages;
+    const size_t strip = key_bytes(s) / (PAGE_TOKENS / COLUMNS);
+    for (int first = begin; first < end; first += PAGE_TOKENS) {
+        const int used = end - first < PAGE_TOKENS ? end - first : PAGE_TOKENS;
+        const unsigned char *page = a->pages + (size_t)table[first / PAGE_TOKENS] * kv_page_bytes(s);
+        const unsigned char *after = first + PAGE_TOKENS < end ? a->pages + (size_t)table[first / PAGE_TOKENS + 1] * kv_page_bytes(s) : page;
         for (int h = 0; h < item.n_heads; h++) {
+            const unsigned char *keys = page + (size_t)(item.first_head + h) * head_bytes(s), *values = keys + key_bytes(s);
+            const unsigned char *next = h + 1 < item.n_heads ? keys + head_bytes(s) : after + (size_t)item.first_head * head_bytes(s);
+            const float *scales = FORMATS[s->format].scaled ? (const float *)(values + value_bytes(s)) : 0;
+            const int base = h * n;
             /* Scores of one tile at a time: they stay in the L1 cache. */
             for (int r = 0, t = 0; t < n_tiles; t++) {
                 const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
-                for (int i = 0; i * PAGE_TOKENS < used; i++) {
-                    const int columns = used - i * PAGE_TOKENS < PAGE_TOKENS ? used - i * PAGE_TOKENS : PAGE_TOKENS;
-                    const uint16_t *key = keys[i] + (size_t)h * head_elements;
-                    const uint16_t *next = h + 1 < item.n_heads ? key + head_elements : values[i];
-                    const char *fetch = (const char *)next + (size_t)t * (size_t)(dim / 2) * step;
-                    isa->tile(rows, queries + h * n + r, &key, 2 * PAGE_TOKENS, dim / 2, dim / 2,
-                              (columns + LANES - 1) / LANES, 0, scores + i * PAGE_TOKENS, BLOCK_TOKENS, &fetch, step);
+                for (int i = 0; i * COLUMNS < used; i++) {
+                    const int columns = used - i * COLUMNS < COLUMNS ? used - i * COLUMNS : COLUMNS;
+                    const part_t part = part_of(keys + (size_t)i * strip, COLUMNS * per_step * bytes, key_steps, t, n_tiles, keys + (size_t)(i + 1) * strip, strip);
+                    isa->tile[s->format](rows, queries + base + r, part, (columns + LANES - 1) / LANES, 0, scores + i * COLUMNS, PAGE_TOKENS);
                 }
-                for (int q = 0; q < rows; q++, r++)
-                    isa->softmax(scores + q * BLOCK_TOKENS, limit[r] - first, &reference[h * n + r], sums + (h * n + r) * LANES,
-                                 outputs + (size_t)(h * n + r) * (size_t)dim, dim, probabilities + (h * n + r) * BLOCK_TOKENS);
+                for (int q = 0; q < rows; q++, r++) {
+                    uint16_t mask[VECTORS];
+                    const int full = sees(a, item.request, item.first_row + r, first, mask);
+                    isa->softmax(scores + q * PAGE_TOKENS, full ? 0 : mask, scales, &reference[base + r], sums + (base + r) * LANES,
+                                 outputs + (size_t)(base + r) * dim, s->value_dim, wide, (void *)weights[r]);
+                }
+            }
+            for (int column = 0; column < s->value_dim; column += COLUMNS) {
+                const int columns = s->value_dim - column < COLUMNS ? s->value_dim - column : COLUMNS;
+                const unsigned char *value = values + (size_t)column * PAGE_TOKENS * bytes;
+                const size_t length = (size_t)columns * PAGE_TOKENS * bytes;
+                const unsigned char *then = column + COLUMNS < s->value_dim ? value + length : next;
+                for (int r = 0, t = 0; t < n_tiles; t++) {
+                    const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+                    const part_t part = part_of(value, (size_t)columns * per_step * bytes, (used + (int)per_step - 1) / (int)per_step, t, n_tiles, then, length);
+                    isa->tile[s->format](rows, weights + r, part, columns / LANES, 1, outputs + (size_t)(base + r) * dim + column, dim);
+                    r += rows;
+                }
             }
         }
-        for (int h = 0; h < item.n_heads; h++)
-            for (int column = 0; column < dim; column += COLUMNS) {
-                const int columns = dim - column < COLUMNS ? dim - column : COLUMNS;
-                const uint16_t *part[BLOCK_PAGES], *next[BLOCK_PAGES];
-                for (int i = 0; i < BLOCK_PAGES; i++) {
-                    const uint16_t *value = values[i] + (size_t)h * head_elements;
-                    part[i] = value + 2 * column;
-                    next[i] = (h + 1 < item.n_heads ? value + head_elements : later[i]) + (size_t)column * PAGE_TOKENS;
-                }
-                tiles(isa, weights + h * n, n, part, 2 * (size_t)dim, (used + 1) / 2, PAGE_TOKENS / 2, columns / LANES, 1,
-                      outputs + (size_t)(h * n) * (size_t)dim + column, (size_t)dim, next, (size_t)columns * PAGE_TOKENS * 2);
-            }
     }
     for (int i = 0; i < n_all; i++) {
         const size_t at = output_of(a, item.request, item.first_head + i / n, item.first_row + i % n);
-        const float *output = outputs + (size_t)i * (size_t)dim;
+        const float *output = outputs + (size_t)i * dim;
         if (end_of(b, item.request) <= RANGE_TOKENS) {
-            isa->to_bf16(output, 1.f / isa->sum_of(sums + i * LANES), dim, result + at * (size_t)dim);
+            write_result(isa, a, at, reference[i], sums + i * LANES, output, result);
             continue;
         }
         float *record = partials + ((size_t)item.range * (size_t)b->n_rows * (size_t)s->n_heads + at) * record_floats(s);
         record[0] = reference[i];
         memcpy(record + LANES, sums + i * LANES, sizeof(float) * LANES);
-        memcpy(record + RECORD, output, sizeof(float) * (size_t)dim);
+        memcpy(record + RECORD, output, sizeof(float) * dim);
     }
 }
 
 /* What the ranges of one row and head found, in their order. */
-static void merge_ranges(const isa_t *isa, const attention_t *a, int request, size_t at, float *partials, uint16_t *result)
+static void merge_ranges(const isa_t *isa, const attention_t *a, int request, size_t at, float *partials, void *result)
 {
-    const layer_shape_t *s = a->shape;
+    const kv_shape_t *s = a->shape;
     const size_t stride = (size_t)a->batch->n_rows * (size_t)s->n_heads * record_floats(s);
     float *into = partials + at * record_floats(s);
     for (int i = 1; i < ranges(end_of(a->batch, request)); i++) {
         const float *from = into + (size_t)i * stride;
-        if (from[0] != LOWEST) /* else the row ends before this range */
-            isa->merge(into, into + LANES, into + RECORD, from[0], from + LANES, from + RECORD, s->head_dim);
+        if (from[0] != LOWEST) /* else the row sees nothing of this range */
+            isa->merge(into, into + LANES, into + RECORD, from[0], from + LANES, from + RECORD, s->value_dim);
     }
-    isa->to_bf16(into + RECORD, 1.f / isa->sum_of(into + LANES), s->head_dim, result + at * (size_t)s->head_dim);
+    write_result(isa, a, at, into[0], into + LANES, into + RECORD, result);
 }
 
-void attend_all(const isa_t *isa, const attention_t *a, const uint16_t *query, uint16_t *result, float *partials)
+void attend_all(const isa_t *isa, const attention_t *a, const void *query, void *result, float *partials)
 {
-    const layer_shape_t *s = a->shape;
+    const kv_shape_t *s = a->shape;
     const batch_t *b = a->batch;
     const int group = s->n_heads / s->n_kv_heads;
     int most_rows = 0, longest = 0;

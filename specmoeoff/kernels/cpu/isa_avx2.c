@@ -85,14 +85,25 @@ static inline void v_store_bf16(uint16_t *p, V v)
     _mm_storeu_si128((__m128i *)p, narrow_(v.a));
     _mm_storeu_si128((__m128i *)(p + 8), narrow_(v.b));
 }
-/* Lanes 0 .. count-1 of v, `fill` in the others. */
-static inline V v_first(V v, int count, float fill)
+static inline V v_load_fp16(const uint16_t *p)
 {
-    float lanes[16];
-    v_store(lanes, v);
-    for (int i = count < 0 ? 0 : count; i < 16; i++) lanes[i] = fill;
-    return v_load(lanes);
+    return EACH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
 }
+static inline void v_store_fp16(uint16_t *p, V v)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline __m256 widen_(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+static inline V v_load_int8(const int8_t *p) { return EACH(widen_(p), widen_(p + 8)); }
+/* v where `mask` has a bit, else `fill`. */
+static inline __m256 keep_(__m256 v, int mask, float fill)
+{
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit);
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(set));
+}
+static inline V v_keep(V v, uint16_t mask, float fill) { return EACH(keep_(v.a, mask & 255, fill), keep_(v.b, mask >> 8, fill)); }
 
 static inline int v_any_above(V x, V y)
 {
@@ -102,6 +113,6 @@ static inline int v_any_above(V x, V y)
 
 #include "isa_body.h"
 
-static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
-const isa_t isa_avx2 = {"avx2", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};
+const isa_t isa_avx2 = ISA("avx2");

@@ -33,12 +33,11 @@ static inline __m512i v_pair_all(const uint16_t *p)
     return _mm512_set1_epi32(pair);
 }
 
-/* Lanes 0 .. count-1 of v, `fill` in the others. */
-static inline __m512 v_first(__m512 v, int count, float fill)
-{
-    __mmask16 keep = count <= 0 ? 0 : count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1);
-    return _mm512_mask_blend_ps(keep, _mm512_set1_ps(fill), v);
-}
+#define v_load_fp16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p)))
+#define v_store_fp16(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
+#define v_load_int8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))))
+/* v where `mask` has a bit, else `fill`. */
+#define v_keep(v, mask, fill) _mm512_mask_blend_ps((__mmask16)(mask), _mm512_set1_ps(fill), v)
 
 #define v_any_above(a, b) (_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0)
 
@@ -50,4 +49,4 @@ static int supported(void)
            __builtin_cpu_supports("avx512bf16");
 }
 
-const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};
+const isa_t isa_avx512bf16 = ISA("avx512bf16");

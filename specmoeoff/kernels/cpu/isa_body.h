@@ -3,83 +3,80 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void tile_body(const int rows, const int vectors, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride,
-                      int pairs, int piece_pairs, int accumulate, float *out, size_t out_stride, const char *const *next,
-                      size_t next_step)
-{
-    V acc[TILE_ROWS][COLUMNS / LANES];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) acc[r][j] = accumulate ? v_load(out + r * out_stride + j * LANES) : v_zero();
-    for (int piece = 0, first = 0; first < pairs; piece++, first += piece_pairs) {
-        const int last = pairs - first < piece_pairs ? pairs : first + piece_pairs;
-        const uint16_t *row = w[piece];
-        const char *fetch = next[piece];
-        for (int p = first; p < last; p++, row += w_stride, fetch += next_step) {
-            PAIRS strip[COLUMNS / LANES];
-#pragma GCC unroll 4
-            for (int j = 0; j < vectors; j++) {
-                strip[j] = v_pairs(row + j * 2 * LANES);
-                __builtin_prefetch(fetch + j * 4 * LANES, 0, 2);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                PAIRS value = v_pair_all(x[r] + 2 * p);
-#pragma GCC unroll 4
-                for (int j = 0; j < vectors; j++) acc[r][j] = v_dot(acc[r][j], value, strip[j]);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) v_store(out + r * out_stride + j * LANES, acc[r][j]);
-}
-
-#define TILE(R, N)                                                                                                     \
-    static void tile_##R##_##N(const uint16_t *const *x, const uint16_t *const *w, size_t ws, int pairs, int piece,    \
-                               int acc, float *out, size_t os, const char *const *next, size_t step)                   \
+/* BYTES: of 16 columns of a step. */
+#define TILE_BODY(NAME, STEP, BYTES, ROW_VALUE, LOAD, DOT)                                                              \
+    INLINE void body_##NAME(const int rows, const int vectors, const void *const *x, part_t part, int accumulate, float *out, \
+                            size_t out_stride)                                                                         \
     {                                                                                                                  \
-        tile_body(R, N, x, w, ws, pairs, piece, acc, out, os, next, step);                                             \
+        V acc[TILE_ROWS][COLUMNS / LANES];                                                                             \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                         \
+            _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
+                acc[r][j] = accumulate ? v_load(out + r * out_stride + j * LANES) : v_zero();                          \
+        const unsigned char *row = part.w;                                                                             \
+        const char *fetch = part.fetch;                                                                                \
+        for (int p = 0; p < part.steps; p++, row += part.w_stride, fetch += part.fetch_step) {                         \
+            STEP strip[COLUMNS / LANES];                                                                               \
+            _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
+            {                                                                                                          \
+                strip[j] = LOAD(row + j * BYTES);                                                                      \
+                if (j * BYTES % 64 == 0) __builtin_prefetch(fetch + j * BYTES, 0, 2);                                  \
+            }                                                                                                          \
+            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                     \
+            {                                                                                                          \
+                STEP value = ROW_VALUE;                                                                                \
+                _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) acc[r][j] = DOT(acc[r][j], value, strip[j]);  \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                         \
+            _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) v_store(out + r * out_stride + j * LANES, acc[r][j]); \
     }
+#define PAIR_OF_ROW v_pair_all((const uint16_t *)x[r] + 2 * p)
+#define FLOAT_OF_ROW v_all(((const float *)x[r])[p])
+#define LOAD_PAIRS(at) v_pairs((const uint16_t *)(const void *)(at))
+#define LOAD_FP16(at) v_load_fp16((const uint16_t *)(const void *)(at))
+#define LOAD_FP32(at) v_load((const float *)(const void *)(at))
+#define LOAD_INT8(at) v_load_int8((const int8_t *)(at))
+#define FMA(acc, x, y) v_fma(x, y, acc)
+TILE_BODY(bf16, PAIRS, 64, PAIR_OF_ROW, LOAD_PAIRS, v_dot)
+TILE_BODY(fp16, V, 32, FLOAT_OF_ROW, LOAD_FP16, FMA)
+TILE_BODY(fp32, V, 64, FLOAT_OF_ROW, LOAD_FP32, FMA)
+TILE_BODY(int8, V, 16, FLOAT_OF_ROW, LOAD_INT8, FMA)
 
-typedef void (*tile_fn)(const uint16_t *const *, const uint16_t *const *, size_t, int, int, int, float *, size_t,
-                        const char *const *, size_t);
+typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
+#define TILE(F, R, N)                                                                                  \
+    static void tile_##F##_##R##_##N(const void *const *x, part_t part, int acc, float *out, size_t os) \
+    {                                                                                                  \
+        body_##F(R, N, x, part, acc, out, os);                                                         \
+    }
 
 #if SMALL_TILES
 /* Registers for 3 rows of 16 columns at most. */
-TILE(1, 1) TILE(2, 1) TILE(3, 1)
-static const tile_fn TILES[4] = {0, tile_1_1, tile_2_1, tile_3_1};
-
-static void tile(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int pairs, int piece_pairs,
-                 int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step)
-{
-    for (int j = 0; j < vectors; j++) {
-        const uint16_t *part[MAX_PIECES];
-        const char *fetch[MAX_PIECES];
-        for (int piece = 0; piece * piece_pairs < pairs; piece++) {
-            part[piece] = w[piece] + j * 2 * LANES;
-            fetch[piece] = next[piece] + j * 4 * LANES;
-        }
-        for (int r = 0; r < rows; r += 3)
-            TILES[rows - r < 3 ? rows - r : 3](x + r, part, w_stride, pairs, piece_pairs, accumulate,
-                                               out + r * out_stride + j * LANES, out_stride, fetch, next_step);
+#define TILES(F, BYTES)                                                                                                       \
+    TILE(F, 1, 1) TILE(F, 2, 1) TILE(F, 3, 1)                                                                                 \
+    static void tile_##F(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t stride) \
+    {                                                                                                                         \
+        static const tile_fn tiles[4] = {0, tile_##F##_1_1, tile_##F##_2_1, tile_##F##_3_1};                                  \
+        for (int j = 0; j < vectors; j++) {                                                                                   \
+            part_t narrow = part;                                                                                             \
+            narrow.w += j * BYTES;                                                                                            \
+            narrow.fetch += j * BYTES;                                                                                        \
+            for (int r = 0; r < rows; r += 3)                                                                                 \
+                tiles[rows - r < 3 ? rows - r : 3](x + r, narrow, accumulate, out + r * stride + j * LANES, stride);          \
+        }                                                                                                                     \
     }
-}
 #else
-TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4) TILE(3, 1) TILE(3, 2) TILE(3, 3)
-TILE(3, 4) TILE(4, 1) TILE(4, 2) TILE(4, 3) TILE(4, 4) TILE(5, 1) TILE(5, 2) TILE(5, 3) TILE(5, 4) TILE(6, 1) TILE(6, 2)
-TILE(6, 3) TILE(6, 4)
-#define TILES_OF(R) {0, tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
-static const tile_fn TILES[7][5] = {{0}, TILES_OF(1), TILES_OF(2), TILES_OF(3), TILES_OF(4), TILES_OF(5), TILES_OF(6)};
-
-static void tile(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int pairs, int piece_pairs,
-                 int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step)
-{
-    TILES[rows][vectors](x, w, w_stride, pairs, piece_pairs, accumulate, out, out_stride, next, next_step);
-}
+#define TILES_OF(F, R) TILE(F, R, 1) TILE(F, R, 2) TILE(F, R, 3) TILE(F, R, 4)
+#define NAMES_OF(F, R) {0, tile_##F##_##R##_1, tile_##F##_##R##_2, tile_##F##_##R##_3, tile_##F##_##R##_4}
+#define TILES(F, BYTES)                                                                                                       \
+    TILES_OF(F, 1) TILES_OF(F, 2) TILES_OF(F, 3) TILES_OF(F, 4) TILES_OF(F, 5) TILES_OF(F, 6)                                 \
+    static void tile_##F(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t stride) \
+    {                                                                                                                         \
+        static const tile_fn tiles[7][5] = {{0},            NAMES_OF(F, 1), NAMES_OF(F, 2), NAMES_OF(F, 3),                   \
+                                            NAMES_OF(F, 4), NAMES_OF(F, 5), NAMES_OF(F, 6)};                                  \
+        tiles[rows][vectors](x, part, accumulate, out, stride);                                                               \
+    }
 #endif
+TILES(bf16, 64) TILES(fp16, 32) TILES(fp32, 64) TILES(int8, 16)
 
 /* e^x for -87 <= x <= 88; smaller is clamped. Degree-6 polynomial of 2^fraction, relative error below 2e-7 near 0, 4e-6 at the ends. */
 INLINE V v_exp(V x)
@@ -113,6 +110,16 @@ static void to_bf16(const float *x, float scale, int n, uint16_t *out)
     for (int i = 0; i < n; i += LANES) v_store_bf16(out + i, v_mul(v_load(x + i), v_all(scale)));
 }
 
+static void to_fp16(const float *x, int n, uint16_t *out)
+{
+    for (int i = 0; i < n; i += LANES) v_store_fp16(out + i, v_load(x + i));
+}
+
+static void scale(const float *x, float factor, int n, float *out)
+{
+    for (int i = 0; i < n; i += LANES) v_store(out + i, v_mul(v_load(x + i), v_all(factor)));
+}
+
 static void silu_mul(const float *gate, const float *up, int n, uint16_t *out)
 {
     for (int i = 0; i < n; i += LANES) {
@@ -142,16 +149,17 @@ INLINE V v_exp2(V x)
     return v_scale(v_fma(p, f, v_all(1.f)), whole);
 }
 
-INLINE void softmax_body(const int full, const float *scores, int visible, float *reference, float *sums, float *output, int n,
-                         uint16_t *probabilities)
+INLINE void softmax_body(const int full, const int wide, const float *scores, const uint16_t *mask, const float *scales,
+                         float *reference, float *sums, float *output, int n, void *probabilities)
 {
-    enum { VECTORS = BLOCK_TOKENS / LANES };
+    enum { VECTORS = PAGE_TOKENS / LANES };
     const V log2e = v_all(1.44269504f);
     V score[VECTORS], highest = v_all(LOWEST);
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
         score[j] = v_load(scores + j * LANES);
-        if (!full) score[j] = v_first(score[j], visible - j * LANES, LOWEST);
+        if (wide && scales) score[j] = v_mul(score[j], v_load(scales + j * LANES));
+        if (!full) score[j] = v_keep(score[j], mask[j], LOWEST);
         highest = v_max(highest, score[j]);
     }
     if (v_any_above(highest, v_all(*reference + SLACK))) {
@@ -161,22 +169,26 @@ INLINE void softmax_body(const int full, const float *scores, int visible, float
         v_store(sums, v_mul(v_load(sums), factor));
         for (int i = 0; i < n; i += LANES) v_store(output + i, v_mul(v_load(output + i), factor));
     }
-    const V shift = v_all(-1.44269504f * *reference);
+    const V shift = v_all(-1.44269504f * *reference), level = v_all(*reference);
     V total = v_load(sums);
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
-        V p = v_exp2(v_fma(score[j], log2e, shift));
-        if (!full) p = v_first(p, visible - j * LANES, 0.f);
+        V p = wide ? v_exp(v_sub(score[j], level)) : v_exp2(v_fma(score[j], log2e, shift));
+        if (!full) p = v_keep(p, mask[j], 0.f);
         total = v_add(total, p);
-        v_store_bf16(probabilities + j * LANES, p);
+        if (!wide) v_store_bf16((uint16_t *)probabilities + j * LANES, p);
+        else v_store((float *)probabilities + j * LANES, scales ? v_mul(p, v_load(scales + PAGE_TOKENS + j * LANES)) : p);
     }
     v_store(sums, total);
 }
 
-static void softmax(const float *scores, int visible, float *reference, float *sums, float *output, int n, uint16_t *probabilities)
+static void softmax(const float *scores, const uint16_t *mask, const float *scales, float *reference, float *sums, float *output, int n,
+                    int wide, void *probabilities)
 {
-    if (visible >= BLOCK_TOKENS) softmax_body(1, scores, visible, reference, sums, output, n, probabilities);
-    else softmax_body(0, scores, visible, reference, sums, output, n, probabilities);
+    if (wide && mask) softmax_body(0, 1, scores, mask, scales, reference, sums, output, n, probabilities);
+    else if (wide) softmax_body(1, 1, scores, mask, scales, reference, sums, output, n, probabilities);
+    else if (mask) softmax_body(0, 0, scores, mask, scales, reference, sums, output, n, probabilities);
+    else softmax_body(1, 0, scores, mask, scales, reference, sums, output, n, probabilities);
 }
 
 static float sum_of(const float *lanes) { return v_sum(v_load(lanes)); }
@@ -191,3 +203,5 @@ static void merge(float *reference, float *sums, float *output, float other, con
     for (int i = 0; i < n; i += LANES)
         v_store(output + i, v_add(v_mul(v_load(output + i), mine), v_mul(v_load(other_output + i), its)));
 }
+
+#define ISA(NAME) {NAME, supported, {tile_bf16, tile_fp16, tile_fp32, tile_int8}, rmsnorm, to_bf16, to_fp16, scale, silu_mul, add, add_scaled, softmax, sum_of, merge}

@@ -71,8 +71,21 @@ static inline void v_store_bf16(uint16_t *p, V v)
         p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
 }
-/* Lanes 0 .. count-1 of v, `fill` in the others. */
-static inline V v_first(V v, int count, float fill) { EACH(i < count ? v.f[i] : fill); }
+static inline V v_load_fp16(const uint16_t *p)
+{
+    _Float16 h[LANES];
+    memcpy(h, p, sizeof h);
+    EACH((float)h[i]);
+}
+static inline void v_store_fp16(uint16_t *p, V v)
+{
+    _Float16 h[LANES];
+    for (int i = 0; i < LANES; i++) h[i] = (_Float16)v.f[i];
+    memcpy(p, h, sizeof h);
+}
+static inline V v_load_int8(const int8_t *p) { EACH((float)p[i]); }
+/* v where `mask` has a bit, else `fill`. */
+static inline V v_keep(V v, uint16_t mask, float fill) { EACH(mask >> i & 1 ? v.f[i] : fill); }
 
 static inline int v_any_above(V x, V y)
 {
@@ -85,4 +98,4 @@ static inline int v_any_above(V x, V y)
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};
+const isa_t isa_scalar = ISA("scalar");

@@ -114,11 +114,9 @@ void smo_rmsnorm(int isa, int threads, const float *x, int m, int n, const float
 /* Rotate and store one row's keys and values; scale and round its queries. qkv: (heads + 2 kv heads) * dim floats. */
 static void append_row(const isa_t *isa, const attention_t *a, const layer_t *layer, int request, int row, float *qkv, uint16_t *query)
 {
-    const layer_shape_t *s = a->shape;
+    const kv_shape_t *s = a->shape;
     const batch_t *b = a->batch;
-    const int dim = s->head_dim, half = dim / 2, index = row - b->row_start[request];
-    const int position = b->first_position[request] + index, slot = position % PAGE_TOKENS;
-    const int is_last = row + 1 == b->row_start[request + 1];
+    const int dim = s->key_dim, half = dim / 2, position = b->first_position[request] + row - b->row_start[request];
     const float *cosines = layer->cosines + (size_t)position * half, *sines = layer->sines + (size_t)position * half;
     for (int head = 0; head < s->n_heads + s->n_kv_heads; head++) {
         float *x = qkv + (size_t)head * dim;
@@ -129,29 +127,25 @@ static void append_row(const isa_t *isa, const attention_t *a, const layer_t *la
         }
     }
     isa->to_bf16(qkv, 1.f / sqrtf((float)dim), s->n_heads * dim, query);
-
-    uint16_t rounded[1024];
-    const size_t page = (size_t)b->page_table[(size_t)request * b->max_pages + position / PAGE_TOKENS] * page_elements(s);
-    for (int head = 0; head < s->n_kv_heads; head++) {
-        const size_t base = page + (size_t)head * dim * PAGE_TOKENS;
-        isa->to_bf16(qkv + (size_t)(s->n_heads + head) * dim, 1.f, dim, rounded);
-        uint16_t *keys = a->k_pages + base + (size_t)slot * 2;
-        for (int i = 0; i < dim; i++) keys[(size_t)(i / 2) * 2 * PAGE_TOKENS + (size_t)(i % 2)] = rounded[i];
-        isa->to_bf16(qkv + (size_t)(s->n_heads + s->n_kv_heads + head) * dim, 1.f, dim, rounded);
-        uint16_t *values = a->v_pages + base + (size_t)(slot / 2) * 2 * (size_t)dim + (size_t)(slot % 2);
-        for (int i = 0; i < dim; i++) values[2 * i] = rounded[i];
-        /* The pair's other half may hold anything; probability 0 times NaN would still be NaN. */
-        if (is_last && slot % 2 == 0)
-            for (int i = 0; i < dim; i++) values[2 * i + 1] = 0;
-    }
+    const float *keys = qkv + (size_t)s->n_heads * dim;
+    append_kv(isa, a, request, row, keys, keys + (size_t)s->n_kv_heads * dim);
 }
 
-/* query, result: (n_rows, n_heads * head_dim) bf16, query scaled and rotated. */
-void smo_verify_attention(int isa, int threads, const layer_shape_t *shape, const batch_t *batch, uint16_t *k_pages,
-                          uint16_t *v_pages, const uint16_t *query, uint16_t *result, unsigned char *scratch)
+size_t smo_kv_page_bytes(const kv_shape_t *s) { return kv_page_bytes(s); }
+size_t smo_partial_bytes(const kv_shape_t *s, int m, int end) { return partial_bytes(s, m, end); }
+
+void smo_append_kv(int isa, int threads, const attention_t *a, const float *keys, const float *values)
 {
-    const attention_t a = {shape, batch, k_pages, v_pages};
-    EACH_THREAD(threads, attend_all(ISAS[isa], &a, query, result, (float *)scratch));
+    const kv_shape_t *s = a->shape;
+    const batch_t *b = a->batch;
+    EACH_THREAD(threads, _Pragma("omp for schedule(dynamic, 1)") for (int request = 0; request < b->n_requests; request++)
+        for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
+            append_kv(ISAS[isa], a, request, r, keys + (size_t)r * (size_t)(s->n_kv_heads * s->key_dim), values + (size_t)r * (size_t)(s->n_kv_heads * s->value_dim)));
+}
+
+void smo_verify_attention(int isa, int threads, const attention_t *a, const void *query, void *result, unsigned char *scratch)
+{
+    EACH_THREAD(threads, attend_all(ISAS[isa], a, query, result, (float *)scratch));
 }
 
 /* The n_active largest logits, lowest index first among equals; weights are their softmax. */
@@ -173,21 +167,24 @@ static void route(const float *logits, int n_experts, int n_active, int32_t *ind
 
 static size_t qkv_width(const layer_shape_t *s) { return (size_t)(s->n_heads + 2 * s->n_kv_heads) * s->head_dim; }
 
-/* Of a batch of m rows whose longest request ends at position `end`: for attention alone, and for the whole block. */
-size_t smo_partial_bytes(const layer_shape_t *s, int m, int end) { return partial_bytes(s, m, end); }
+static kv_shape_t kv_shape(const layer_shape_t *s)
+{
+    return (kv_shape_t){s->n_heads, s->n_kv_heads, s->head_dim, s->head_dim, KV_BF16, 0};
+}
 
+/* Of a batch of m rows whose longest request ends at position `end`. */
 size_t smo_attention_scratch_bytes(const layer_shape_t *s, int m, int end)
 {
     const size_t rows = (size_t)m, width = (size_t)s->n_heads * s->head_dim;
+    const kv_shape_t kv = kv_shape(s);
     return align64(rows * qkv_width(s) * 4) + 2 * align64(rows * width * 2) + align64(rows * (size_t)s->n_experts * 4) +
-           partial_bytes(s, m, end);
+           partial_bytes(&kv, m, end);
 }
 
 /* The attention block of one layer, for all threads of the region; ends with a barrier. */
-static void attention_rows(const isa_t *isa, const layer_t *layer, const attention_t *a, float *x, uint16_t *normed,
-                           int32_t *expert_index, float *expert_weight, unsigned char *scratch)
+static void attention_rows(const isa_t *isa, const layer_shape_t *s, const layer_t *layer, const attention_t *a, float *x,
+                           uint16_t *normed, int32_t *expert_index, float *expert_weight, unsigned char *scratch)
 {
-    const layer_shape_t *s = a->shape;
     const batch_t *b = a->batch;
     const int m = b->n_rows, width = s->n_heads * s->head_dim, qkv_columns = (int)qkv_width(s);
     float *qkv = (float *)scratch;
@@ -226,11 +223,11 @@ static void attention_rows(const isa_t *isa, const layer_t *layer, const attenti
 }
 
 void smo_attention_block(int isa, int threads, const layer_shape_t *shape, const layer_t *layer, const batch_t *batch, float *x,
-                         uint16_t *k_pages, uint16_t *v_pages, uint16_t *normed, int32_t *expert_index, float *expert_weight,
-                         unsigned char *scratch)
+                         unsigned char *pages, uint16_t *normed, int32_t *expert_index, float *expert_weight, unsigned char *scratch)
 {
-    const attention_t a = {shape, batch, k_pages, v_pages};
-    EACH_THREAD(threads, attention_rows(ISAS[isa], layer, &a, x, normed, expert_index, expert_weight, scratch));
+    const kv_shape_t kv = kv_shape(shape);
+    const attention_t a = {.shape = &kv, .batch = batch, .pages = pages};
+    EACH_THREAD(threads, attention_rows(ISAS[isa], shape, layer, &a, x, normed, expert_index, expert_weight, scratch));
 }
 
 /* ---- experts ------------------------------------------------------------------------------------------------------------ */
@@ -309,18 +306,18 @@ void smo_combine(int isa, int threads, float *x, int m, int hidden, int n_active
 /* ---- a whole dense model ------------------------------------------------------------------------------------------------ */
 
 /* All layers of a model of one expert a layer, in one parallel region: threads meet at barriers and never sleep between
- * layers, which a draft of one token a request would otherwise spend a quarter of its time on. k_pages and v_pages:
- * layer after layer, `layer_elements` apart. */
+ * layers, which a draft of one token a request would otherwise spend a quarter of its time on. pages: layer
+ * after layer, `layer_bytes` apart. */
 void smo_dense_pass(int isa_index, int threads, const layer_shape_t *s, int n_layers, const layer_t *layers,
-                    const uint16_t *const *experts, const batch_t *b, float *x, uint16_t *k_pages, uint16_t *v_pages,
-                    size_t layer_elements, uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out,
+                    const uint16_t *const *experts, const batch_t *b, float *x, unsigned char *pages, size_t layer_bytes, uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out,
                     unsigned char *scratch)
 {
     const isa_t *isa = ISAS[isa_index];
     const int32_t start[2] = {0, b->n_rows};
+    const kv_shape_t kv = kv_shape(s);
     EACH_THREAD(threads, for (int i = 0; i < n_layers; i++) {
-        const attention_t a = {s, b, k_pages + (size_t)i * layer_elements, v_pages + (size_t)i * layer_elements};
-        attention_rows(isa, layers + i, &a, x, normed, expert_index, expert_weight, scratch);
+        const attention_t a = {.shape = &kv, .batch = b, .pages = pages + (size_t)i * layer_bytes};
+        attention_rows(isa, s, layers + i, &a, x, normed, expert_index, expert_weight, scratch);
         expert_rows(isa, s->hidden, s->intermediate, 1, normed, 1, experts + i, NULL, start, expert_out, scratch);
         combine_rows(isa, x, b->n_rows, s->hidden, 1, expert_out, expert_weight);
     });

@@ -82,14 +82,11 @@ class Bench:
             for _ in range(n_layers)
         ]
         self._head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden))
-        heads, dim = spec.n_kv_heads, spec.head_dim
-        page_bytes = heads * dim * PAGE_TOKENS * 2
+        page_bytes = self.layers[0].shape.kv.page_bytes
         most = max(_n_requests(c) * (c // PAGE_TOKENS + 2) for c in self.contexts)
         of_dense = n_layers * REQUESTS * (ROWS[-1] // REQUESTS // PAGE_TOKENS + 1)
-        self._n_pages = max(most, of_dense, COLD_BYTES // 2 // page_bytes)
-        pages = [self._weights(self._n_pages * page_bytes).view(np.uint16) for _ in range(2)]
-        self._k_pages = pages[0].reshape(self._n_pages, heads, dim // 2, PAGE_TOKENS, 2)
-        self._v_pages = pages[1].reshape(self._n_pages, heads, PAGE_TOKENS // 2, dim, 2)
+        self._n_pages = max(most, of_dense, COLD_BYTES // page_bytes)
+        self._pages = self._weights(self._n_pages * page_bytes).reshape(self._n_pages, page_bytes)
         self._turn = self._next_page = 0
 
     def _weights(self, n_bytes: int) -> np.ndarray:
@@ -156,7 +153,7 @@ class Bench:
             layer = self.layers[self._turn % len(self.layers)]
             # The residual stream grows call by call otherwise.
             np.clip(x, -4, 4, out=x)
-            self.kernels.attention_block(layer, self._batch(counts, context), x, self._k_pages, self._v_pages, *outputs)
+            self.kernels.attention_block(layer, self._batch(counts, context), x, self._pages, *outputs)
 
         return work
 
@@ -167,10 +164,7 @@ class Bench:
         n_layers = min(most, len(self.layers), self._n_pages // (len(counts) * each))
         stack = DenseStack(self.layers[:n_layers], self.experts[:n_layers])
         n_pages = self._n_pages // n_layers
-        keys, values = (
-            pages[: n_layers * n_pages].reshape(n_layers, n_pages, *pages.shape[1:])
-            for pages in (self._k_pages, self._v_pages)
-        )
+        pages = self._pages[: n_layers * n_pages].reshape(n_layers, n_pages, -1)
         table = np.arange(len(counts) * each, dtype=np.int32).reshape(-1, each)
         row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         batch = Batch(row_start, np.full(len(counts), context, np.int32), table)
@@ -179,7 +173,7 @@ class Bench:
 
         def work() -> None:
             np.clip(x, -4, 4, out=x)
-            self.kernels.dense_pass(stack, batch, x, keys, values, *outputs, expert_out)
+            self.kernels.dense_pass(stack, batch, x, pages, *outputs, expert_out)
 
         return work, n_layers
 

@@ -75,31 +75,21 @@ def ours(case: Case, n_threads: int, rng: np.random.Generator) -> Callable[[], N
     """Our kernel over paged KV, pages in random order."""
     heads, dim, n = case.n_kv_heads, case.dim, case.n
     pages = -(-case.context // cpu.PAGE_TOKENS)
-    shape = cpu.LayerShape(
-        hidden=64,
-        n_heads=case.n_heads,
-        n_kv_heads=heads,
-        head_dim=dim,
-        intermediate=64,
-        n_experts=1,
-        n_active=1,
-        rms_eps=1e-5,
-    )
+    shape = cpu.KVShape(case.n_heads, heads, dim, dim)
     total = case.n_requests * pages
     table = rng.permutation(total).astype(np.int32).reshape(case.n_requests, pages)
     starts = (np.arange(case.n_requests + 1) * n).astype(np.int32)
     batch = cpu.Batch(starts, np.full(case.n_requests, case.context - n, np.int32), table)
     block = (rng.standard_normal(1 << 16).astype(np.float32)).view(np.uint32) >> 16
-    k, v = (cpu.aligned_empty(total * heads * dim * 128, huge_pages=True).view(np.uint16) for _ in range(2))
-    for pages_of in (k, v):
-        pages_of[:] = np.resize(block.astype(np.uint16), len(pages_of))
-    k, v = k.reshape(total, heads, dim // 2, 64, 2), v.reshape(total, heads, 32, dim, 2)
+    kv = cpu.aligned_empty(total * shape.page_bytes, huge_pages=True)
+    kv.view(np.uint16)[:] = np.resize(block.astype(np.uint16), len(kv) // 2)
+    kv = kv.reshape(total, -1)
     query = (rng.standard_normal((case.n_requests * n, case.n_heads * dim)).astype(np.float32) / dim**0.5).view(
         np.uint32
     )
     query, out = (query >> 16).astype(np.uint16), np.zeros(query.shape, np.uint16)
     kernels = cpu.Kernels(n_threads)
-    return lambda: kernels.verify_attention(shape, batch, k, v, query, out)
+    return lambda: kernels.verify_attention(shape, batch, kv, query, out)
 
 
 def peers(case: Case, n_threads: int) -> dict[str, Callable[[], object]]:

@@ -137,24 +137,32 @@ static void write_result(const isa_t *isa, const attention_t *a, size_t at, floa
     else isa->to_bf16(output, scale / sum, n, (uint16_t *)result + at * (size_t)n);
 }
 
-/* Which of a page's tokens, the first at position `first`, a row sees: bits in `mask`, and whether those are all. */
-static int sees(const attention_t *a, int request, int row, int first, uint16_t *mask)
+/* A row sees positions lowest .. limit - 1, but of its request's new tokens those of the tree where there is one. */
+typedef struct {
+    int lowest, limit, all; /* all: below it there are no exceptions */
+    const uint64_t *tree;
+} sight_t;
+
+static sight_t sight_of(const attention_t *a, int request, int token)
 {
     const batch_t *b = a->batch;
-    const int token = row / (a->shape->n_heads / a->shape->n_kv_heads), context = b->first_position[request];
-    const int limit = context + token + 1, lowest = a->shape->window && limit > a->shape->window ? limit - a->shape->window : 0;
-    const int last = first + PAGE_TOKENS; /* no overflow: positions end below 2^30 */
-    if (first >= lowest && last <= (a->tree ? context : limit)) return 1;
+    const int context = b->first_position[request], end = context + token + 1, window = a->shape->window;
+    const int lowest = window && end > window ? end - window : 0;
+    if (a->tree) return (sight_t){lowest, end_of(b, request), context, a->tree + b->row_start[request] + token};
+    return (sight_t){lowest, end, end, NULL};
+}
+
+/* Bits of the tokens seen of the page whose first is at position `first`. */
+static void fill_mask(sight_t sight, int first, uint16_t *mask)
+{
     for (int j = 0; j < VECTORS; j++) {
         mask[j] = 0;
         for (int i = 0; i < LANES; i++) {
             const int position = first + j * LANES + i;
-            const int seen = position < context || (position < limit && !a->tree) ||
-                             (a->tree && position < end_of(b, request) && (a->tree[b->row_start[request] + token] >> (position - context) & 1));
-            mask[j] |= (uint16_t)((position >= lowest && seen) << i);
+            const int seen = position < sight.all || (position < sight.limit && sight.tree && *sight.tree >> (position - sight.all) & 1);
+            mask[j] |= (uint16_t)((position >= sight.lowest && seen) << i);
         }
     }
-    return 0;
 }
 
 /* Online softmax over the pages of a range, head by head: a page is read from one end to the other. */
@@ -171,6 +179,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
     float probabilities[ITEM_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
     const void *queries[ITEM_ROWS], *weights[ITEM_ROWS];
     float reference[ITEM_ROWS];
+    sight_t sights[ITEM_ROWS];
     const size_t dim = (size_t)s->value_dim;
 
     for (int i = 0; i < n_all; i++) {
@@ -179,18 +188,17 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
         weights[i] = (const unsigned char *)probabilities + (size_t)(i % n) * PAGE_TOKENS * number;
         reference[i] = LOWEST;
     }
+    for (int r = 0; r < n; r++) sights[r] = sight_of(a, item.request, (item.first_row + r) / group);
     memset(outputs, 0, sizeof(float) * (size_t)n_all * dim);
     memset(sums, 0, sizeof(float) * (size_t)n_all * LANES);
 
-    const int first_token = item.first_row / group, last_token = (item.first_row + n - 1) / group;
-    const int lowest = s->window ? b->first_position[item.request] + first_token + 1 - s->window : 0;
     int begin = item.range * RANGE_TOKENS, end = begin + RANGE_TOKENS;
-    const int limit = a->tree ? end_of(b, item.request) : b->first_position[item.request] + last_token + 1;
-    if (limit < end) end = limit;
-    if (lowest > begin) begin = lowest / PAGE_TOKENS * PAGE_TOKENS;
+    if (sights[n - 1].limit < end) end = sights[n - 1].limit;
+    if (sights[0].lowest > begin) begin = sights[0].lowest / PAGE_TOKENS * PAGE_TOKENS;
     const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, key_steps = (int)((size_t)s->key_dim / per_step);
     const int32_t *table = b->page_table + (size_t)item.request * (size_t)b->max_pages;
-    const size_t strip = key_bytes(s) / (PAGE_TOKENS / COLUMNS);
+    const size_t strip = key_bytes(s) / (PAGE_TOKENS / COLUMNS), key_fetch = fetch_step(strip, n_tiles, key_steps);
+    const size_t value_fetch = fetch_step(COLUMNS * PAGE_TOKENS * bytes, n_tiles, PAGE_TOKENS / (int)per_step);
     for (int first = begin; first < end; first += PAGE_TOKENS) {
         const int used = end - first < PAGE_TOKENS ? end - first : PAGE_TOKENS;
         const unsigned char *page = a->pages + (size_t)table[first / PAGE_TOKENS] * kv_page_bytes(s);
@@ -199,18 +207,19 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
             const unsigned char *keys = page + (size_t)(item.first_head + h) * head_bytes(s), *values = keys + key_bytes(s);
             const unsigned char *next = h + 1 < item.n_heads ? keys + head_bytes(s) : after + (size_t)item.first_head * head_bytes(s);
             const float *scales = FORMATS[s->format].scaled ? (const float *)(values + value_bytes(s)) : 0;
-            const int base = h * n;
+            const int base = h * n, value_steps = (used + (int)per_step - 1) / (int)per_step;
             /* Scores of one tile at a time: they stay in the L1 cache. */
             for (int r = 0, t = 0; t < n_tiles; t++) {
                 const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
                 for (int i = 0; i * COLUMNS < used; i++) {
                     const int columns = used - i * COLUMNS < COLUMNS ? used - i * COLUMNS : COLUMNS;
-                    const part_t part = part_of(keys + (size_t)i * strip, COLUMNS * per_step * bytes, key_steps, t, n_tiles, keys + (size_t)(i + 1) * strip, strip);
+                    const part_t part = part_of(keys + (size_t)i * strip, COLUMNS * per_step * bytes, key_steps, t, keys + (size_t)(i + 1) * strip, key_fetch);
                     isa->tile[s->format](rows, queries + base + r, part, (columns + LANES - 1) / LANES, 0, scores + i * COLUMNS, PAGE_TOKENS);
                 }
                 for (int q = 0; q < rows; q++, r++) {
                     uint16_t mask[VECTORS];
-                    const int full = sees(a, item.request, item.first_row + r, first, mask);
+                    const int full = first >= sights[r].lowest && first + PAGE_TOKENS <= sights[r].all;
+                    if (!full) fill_mask(sights[r], first, mask);
                     isa->softmax(scores + q * PAGE_TOKENS, full ? 0 : mask, scales, &reference[base + r], sums + (base + r) * LANES,
                                  outputs + (size_t)(base + r) * dim, s->value_dim, wide, (void *)weights[r]);
                 }
@@ -218,11 +227,10 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
             for (int column = 0; column < s->value_dim; column += COLUMNS) {
                 const int columns = s->value_dim - column < COLUMNS ? s->value_dim - column : COLUMNS;
                 const unsigned char *value = values + (size_t)column * PAGE_TOKENS * bytes;
-                const size_t length = (size_t)columns * PAGE_TOKENS * bytes;
-                const unsigned char *then = column + COLUMNS < s->value_dim ? value + length : next;
+                const unsigned char *then = column + COLUMNS < s->value_dim ? value + COLUMNS * PAGE_TOKENS * bytes : next;
                 for (int r = 0, t = 0; t < n_tiles; t++) {
                     const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
-                    const part_t part = part_of(value, (size_t)columns * per_step * bytes, (used + (int)per_step - 1) / (int)per_step, t, n_tiles, then, length);
+                    const part_t part = part_of(value, (size_t)columns * per_step * bytes, value_steps, t, then, value_fetch);
                     isa->tile[s->format](rows, weights + r, part, columns / LANES, 1, outputs + (size_t)(base + r) * dim + column, dim);
                     r += rows;
                 }

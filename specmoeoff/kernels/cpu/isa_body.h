@@ -3,6 +3,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#ifndef PREFETCH
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#endif
 /* BYTES: of 16 columns of a step. */
 #define TILE_BODY(NAME, STEP, BYTES, ROW_VALUE, LOAD, DOT)                                                              \
     INLINE void body_##NAME(const int rows, const int vectors, const void *const *x, part_t part, int accumulate, float *out, \
@@ -19,7 +22,7 @@
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
             {                                                                                                          \
                 strip[j] = LOAD(row + j * BYTES);                                                                      \
-                if (j * BYTES % 64 == 0) __builtin_prefetch(fetch + j * BYTES, 0, 2);                                  \
+                if (j * BYTES % 64 == 0) PREFETCH(fetch + j * BYTES);                                  \
             }                                                                                                          \
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                     \
             {                                                                                                          \

@@ -8,11 +8,12 @@ static inline size_t align64(size_t n) { return (n + 63) / 64 * 64; }
 static inline int strips(int n) { return (n + COLUMNS - 1) / COLUMNS; }
 static inline size_t strip_elements(int n_in) { return (size_t)n_in * COLUMNS; }
 
-/* Tile t of n_tiles that share a strip share the fetching of `next_bytes` at `next` into the L2 cache too: memory is read at a
- * steady rate, however many rows use a strip. */
-static inline part_t part_of(const void *w, size_t w_stride, int steps, int t, int n_tiles, const void *next, size_t next_bytes)
+/* The tiles that share a strip share the fetching of what comes next into the L2 cache too: memory is read at a steady rate,
+ * however many rows use a strip. Bytes to fetch at every step of each of n_tiles: */
+static inline size_t fetch_step(size_t next_bytes, int n_tiles, int steps) { return next_bytes / (size_t)(n_tiles * steps) + 1; }
+/* Tile t's part. */
+static inline part_t part_of(const void *w, size_t w_stride, int steps, int t, const void *next, size_t step)
 {
-    const size_t step = next_bytes / (size_t)(n_tiles * steps) + 1;
     return (part_t){w, w_stride, steps, (const char *)next + (size_t)t * (size_t)steps * step, step};
 }
 
@@ -22,9 +23,10 @@ static inline void strip_rows(const isa_t *isa, const uint16_t *const *x, int n,
                               float *out, size_t out_stride, const uint16_t *next)
 {
     const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t step = fetch_step(2 * strip_elements(n_in), n_tiles, n_in / 2);
     for (int r = 0, t = 0; t < n_tiles; t++) {
         const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
-        const part_t part = part_of(w, 4 * COLUMNS, n_in / 2, t, n_tiles, next, 2 * strip_elements(n_in));
+        const part_t part = part_of(w, 4 * COLUMNS, n_in / 2, t, next, step);
         isa->tile[0](rows, (const void *const *)(x + r), part, (columns + LANES - 1) / LANES, 0, out + (size_t)r * out_stride, out_stride);
         r += rows;
     }

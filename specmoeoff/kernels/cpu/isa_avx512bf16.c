@@ -50,4 +50,7 @@ static int supported(void)
            __builtin_cpu_supports("avx512bf16");
 }
 
-const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};
+const isa_t isa_avx512bf16 = {"avx512bf16", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge,
+                                1, to_bf16, &isa_avx512bf16_f32};
+const isa_t isa_avx512bf16_f32 = {"avx512bf16", supported, tile_f32, rmsnorm_f32, to_bf16, silu_mul_f32, add, add_scaled, softmax, sum_of,
+                                    merge, 2, to_f32, &isa_avx512bf16_f32};

@@ -81,6 +81,49 @@ static void tile(int rows, const uint16_t *const *x, const uint16_t *const *w, s
 }
 #endif
 
+/* The same in fp32: a word of 32 bits is one element in place of a pair. */
+INLINE void tile_f32_body(const int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int words,
+                          int piece_words, int accumulate, float *out, size_t out_stride)
+{
+    V acc[TILE_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) acc[r] = accumulate ? v_load(out + r * out_stride) : v_zero();
+    for (int piece = 0, first = 0; first < words; piece++, first += piece_words) {
+        const int last = words - first < piece_words ? words : first + piece_words;
+        const uint16_t *row = w[piece];
+        for (int p = first; p < last; p++, row += w_stride) {
+            const V strip = v_load((const float *)row);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) acc[r] = v_fma(v_all(((const float *)x[r])[p]), strip, acc[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) v_store(out + r * out_stride, acc[r]);
+}
+
+static void tile_f32(int rows, const uint16_t *const *x, const uint16_t *const *w, size_t w_stride, int words, int piece_words,
+                     int vectors, int accumulate, float *out, size_t out_stride, const char *const *next, size_t next_step)
+{
+    (void)next, (void)next_step;
+    for (int j = 0; j < vectors; j++) {
+        const uint16_t *part[MAX_PIECES];
+        for (int piece = 0; piece * piece_words < words; piece++) part[piece] = w[piece] + j * 2 * LANES;
+#define ROWS(R)                                                                                                        \
+    case R: tile_f32_body(R, x, part, w_stride, words, piece_words, accumulate, out + j * LANES, out_stride); break;
+        switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
+    }
+}
+
+/* Activations are bf16 or fp32, as the model's weights are. */
+INLINE void v_put(const int f32, uint16_t *out, int i, V v)
+{
+    if (f32) v_store((float *)out + i, v);
+    else v_store_bf16(out + i, v);
+}
+#define OF_EACH_PRECISION(name, parameters, ...)                                    \
+    static void name parameters { name##_body(0, __VA_ARGS__); }                    \
+    static void name##_f32 parameters { name##_body(1, __VA_ARGS__); }
+
 /* e^x for -87 <= x <= 88; smaller is clamped. Degree-6 polynomial of 2^fraction, relative error below 2e-7 near 0, 4e-6 at the ends. */
 INLINE V v_exp(V x)
 {
@@ -97,7 +140,7 @@ INLINE V v_exp(V x)
     return v_scale(p, whole);
 }
 
-static void rmsnorm(const float *x, const float *weight, float eps, int n, uint16_t *out)
+INLINE void rmsnorm_body(const int f32, const float *x, const float *weight, float eps, int n, uint16_t *out)
 {
     V sum = v_zero();
     for (int i = 0; i < n; i += LANES) {
@@ -105,22 +148,29 @@ static void rmsnorm(const float *x, const float *weight, float eps, int n, uint1
         sum = v_fma(value, value, sum);
     }
     V scale = v_all(1.f / __builtin_sqrtf(v_sum(sum) / (float)n + eps));
-    for (int i = 0; i < n; i += LANES) v_store_bf16(out + i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
+    for (int i = 0; i < n; i += LANES) v_put(f32, out, i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
 }
+OF_EACH_PRECISION(rmsnorm, (const float *x, const float *weight, float eps, int n, uint16_t *out), x, weight, eps, n, out)
 
 static void to_bf16(const float *x, float scale, int n, uint16_t *out)
 {
     for (int i = 0; i < n; i += LANES) v_store_bf16(out + i, v_mul(v_load(x + i), v_all(scale)));
 }
 
-static void silu_mul(const float *gate, const float *up, int n, uint16_t *out)
+static void to_f32(const float *x, float scale, int n, uint16_t *out)
+{
+    for (int i = 0; i < n; i += LANES) v_store((float *)out + i, v_mul(v_load(x + i), v_all(scale)));
+}
+
+INLINE void silu_mul_body(const int f32, const float *gate, const float *up, int n, uint16_t *out)
 {
     for (int i = 0; i < n; i += LANES) {
         V g = v_load(gate + i);
         V denominator = v_add(v_all(1.f), v_exp(v_min(v_sub(v_zero(), g), v_all(88.f))));
-        v_store_bf16(out + i, v_mul(v_div(g, denominator), v_load(up + i)));
+        v_put(f32, out, i, v_mul(v_div(g, denominator), v_load(up + i)));
     }
 }
+OF_EACH_PRECISION(silu_mul, (const float *gate, const float *up, int n, uint16_t *out), gate, up, n, out)
 
 static void add(float *x, const float *y, int n)
 {

@@ -85,4 +85,7 @@ static inline int v_any_above(V x, V y)
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge};
+const isa_t isa_scalar = {"scalar", supported, tile, rmsnorm, to_bf16, silu_mul, add, add_scaled, softmax, sum_of, merge,
+                            1, to_bf16, &isa_scalar_f32};
+const isa_t isa_scalar_f32 = {"scalar", supported, tile_f32, rmsnorm_f32, to_bf16, silu_mul_f32, add, add_scaled, softmax, sum_of,
+                                merge, 2, to_f32, &isa_scalar_f32};

@@ -11,12 +11,14 @@
 #include <stdint.h>
 
 enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 64, TILE_ROWS = 6, BLOCK_PAGES = 2, MAX_PIECES = BLOCK_PAGES };
-enum { BLOCK_TOKENS = BLOCK_PAGES * PAGE_TOKENS };
+enum { BLOCK_TOKENS = BLOCK_PAGES * PAGE_TOKENS, MAX_EXPERTS = 1024 };
 #define LOWEST (-1e30f)
 /* A row's reference follows its highest score only when that exceeds it by more: what is above 1 is as exact as what is below. */
 #define SLACK 8.f
 
-typedef struct {
+/* One instruction set and one precision of weights and activations. Where it is fp32, activations and packed weights are
+ * floats behind the same uint16_t pointers, two halves an element. */
+typedef struct isa {
     const char *name;
     int (*supported)(void);
     /* out[r][0 .. 16 * vectors) (+)= sum over pairs of x[r] . w; the strip lies in pieces of piece_pairs rows, row p of one at
@@ -41,25 +43,47 @@ typedef struct {
     /* Adds what another range found; references, sums and outputs as softmax leaves them. */
     void (*merge)(float *reference, float *sums, float *output, float other, const float *other_sums, const float *other_output,
                   int n);
+    int halves; /* 16-bit halves of an element of weights and activations: 1, or 2 for fp32 */
+    /* out = activations(scale * x); n a multiple of 16 */
+    void (*put)(const float *x, float scale, int n, uint16_t *out);
+    const struct isa *f32; /* the same instruction set in fp32 */
 } isa_t;
 
-extern const isa_t isa_scalar;
+extern const isa_t isa_scalar, isa_scalar_f32;
 #if defined(__x86_64__)
-extern const isa_t isa_avx2, isa_avx512bf16;
+extern const isa_t isa_avx2, isa_avx2_f32, isa_avx512bf16, isa_avx512bf16_f32;
 #endif
 
 typedef struct {
     int32_t hidden, n_heads, n_kv_heads, head_dim, intermediate, n_experts, n_active;
-    float rms_eps;
+    int32_t v_head_dim, rotary_dim;   /* the first rotary_dim numbers of a head are rotated */
+    int32_t q_latent, kv_latent;      /* latent attention (DeepSeek-V2, section 2.1); q_latent 0: queries straight from hidden */
+    int32_t shared_intermediate;      /* of the feed-forward that every row takes; 0: none */
+    int32_t window;                   /* a row sees itself and window - 1 before it; 0: all */
+    int32_t kv_f32;                   /* keys and values are fp32, not bf16 */
+    int32_t norm_heads;               /* q_norm and k_norm are of each head */
+    int32_t sigmoid_router, renormalise, n_groups, n_active_groups, group_best; /* see route in layers.c */
+    float rms_eps, attention_scale, routed_scale, clip_qkv;
 } layer_shape_t;
 
+/* Matrices are packed; biases, norms and rotary tables fp32. What a model has not is NULL. */
 typedef struct {
     const float *input_norm;    /* (hidden) */
-    const uint16_t *qkv;        /* packed, n_out = (n_heads + 2 n_kv_heads) * head_dim */
-    const uint16_t *o;          /* packed, n_out = hidden */
+    const uint16_t *qkv;        /* queries, keys, values of all heads; with latent attention latents and the rotary key */
+    const uint16_t *o;          /* n_out = hidden */
     const float *post_norm;     /* (hidden) */
-    const uint16_t *router;     /* packed, n_out = n_experts; NULL for a dense model */
-    const float *cosines, *sines; /* (n_positions, head_dim / 2) */
+    const uint16_t *router;     /* n_out = n_experts; NULL for a dense layer */
+    const float *cosines, *sines; /* (n_positions, rotary_dim / 2) */
+    const float *qkv_bias, *o_bias;
+    const float *router_bias;   /* (n_experts), added to the logits */
+    const float *choice_bias;   /* (n_experts), added to the scores for the choice alone */
+    const float *q_norm, *k_norm; /* (head_dim) of each head, or of all heads together where norm_heads is 0 */
+    const float *sinks;         /* (n_heads), logits of a key without value */
+    const float *q_latent_norm, *kv_latent_norm;
+    const uint16_t *q_up;       /* n_out = n_heads * head_dim, from the latent or hidden */
+    const uint16_t *kv_up;      /* n_out = n_heads * (head_dim + v_head_dim): keys (their rotary part zero), then values */
+    const uint16_t *shared_gate_up, *shared_down; /* n_out = 2 * shared_intermediate, hidden */
+    const uint16_t *shared_weight; /* n_out = 1: the sigmoid of it weighs the feed-forward */
 } layer_t;
 
 typedef struct {

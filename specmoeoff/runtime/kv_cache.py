@@ -1,9 +1,12 @@
-"""Paged bf16 keys and values. Target and draft share one page table: both see the same tokens of the same requests."""
+"""Paged keys and values. Target and draft share one page table: both see the same tokens of the same requests."""
+
+import math
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import PAGE_TOKENS, aligned_empty
-from specmoeoff.specs.model import BF16_BYTES, ModelSpec
+from specmoeoff.estimate.memory import layer_shape
+from specmoeoff.kernels.cpu import ACTIVATION, PAGE_TOKENS, aligned_empty
+from specmoeoff.specs.model import ModelSpec
 
 
 def pages_for(n_tokens: int) -> int:
@@ -15,12 +18,13 @@ class KVCache:
     """Keys and values of one model for all layers; allocated once, touched at once, so RSS is what was planned."""
 
     def __init__(self, spec: ModelSpec, n_pages: int) -> None:
-        heads, dim = spec.n_kv_heads, spec.head_dim
-        k_shape = (spec.n_layers, n_pages, heads, dim // 2, PAGE_TOKENS, 2)
-        v_shape = (spec.n_layers, n_pages, heads, PAGE_TOKENS // 2, dim, 2)
-        n_bytes = spec.n_layers * n_pages * heads * dim * PAGE_TOKENS * BF16_BYTES
-        self.k_pages = aligned_empty(n_bytes).view(np.uint16).reshape(k_shape)
-        self.v_pages = aligned_empty(n_bytes).view(np.uint16).reshape(v_shape)
+        dtype = ACTIVATION[spec.kv_precision]
+        self.k_pages, self.v_pages = (
+            aligned_empty(spec.n_layers * math.prod(shape) * np.dtype(dtype).itemsize)
+            .view(dtype)
+            .reshape(spec.n_layers, *shape)
+            for shape in layer_shape(spec).page_shapes(n_pages)
+        )
 
 
 class PageTable:

@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
 
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
+from specmoeoff.specs.model import Precision
 
 PAGE_TOKENS = 64
 LANES = 16
@@ -30,7 +30,6 @@ ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
 LIBRARY_VARIABLE = "SPECMOEOFF_CPU_LIBRARY"  # another build of the C library, such as the one with sanitizers
 
 
-Precision = Literal["bf16", "fp32"]
 ACTIVATION: dict[Precision, type] = {"bf16": np.uint16, "fp32": np.float32}
 HALVES: dict[Precision, int] = {"bf16": 1, "fp32": 2}  # an element's, of 16 bits
 
@@ -394,7 +393,9 @@ class LayerShape:
         vectors |= {f"{part}_norm": n * self.head_dim for part, n in zip("qk", heads, strict=True)}
         if not self.kv_latent:
             return vectors | {"qkv_bias": self.qkv_width}
-        return vectors | {"kv_latent_norm": self.kv_latent} | ({"q_latent_norm": self.q_latent} if self.q_latent else {})
+        return (
+            vectors | {"kv_latent_norm": self.kv_latent} | ({"q_latent_norm": self.q_latent} if self.q_latent else {})
+        )
 
     def page_shapes(self, n_pages: int | None) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
         """Of the keys and the values of one layer, in the dtype of kv_precision."""
@@ -632,7 +633,9 @@ class Kernels:
             ]
         )
         library = _library()
-        scratch = self._scratch_of(library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision]))
+        scratch = self._scratch_of(
+            library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision])
+        )
         library.smo_attention_block(
             self._isa,
             self.n_threads,
@@ -665,9 +668,7 @@ class Kernels:
         _of("row_slots", row_slots, Collection)
         if len(experts) != len(row_slots):
             raise ValueError(f"row_slots: {len(row_slots)} lists for {len(experts)} experts")
-        pointers = (c_void_p * max(1, len(experts)))(
-            *(_packed(e, n_bytes, "experts", self.precision) for e in experts)
-        )
+        pointers = (c_void_p * max(1, len(experts)))(*(_packed(e, n_bytes, "experts", self.precision) for e in experts))
         for slots in row_slots:
             _pointer(slots, np.int32, (None,), "row_slots")
         slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])

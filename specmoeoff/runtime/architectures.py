@@ -24,9 +24,7 @@ SUPPORTED: dict[str, Architecture] = {
 }
 DENSE = ("llama", "qwen2", "qwen3")
 DEEPSEEK = ("deepseek_v2", "deepseek_v3")
-EXPERT_COUNT = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"} | dict.fromkeys(
-    DEEPSEEK, "n_routed_experts"
-)
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by model and version of transformers
 ROPE_THETA = {"mixtral": 1e6, "gpt_oss": 1.5e5}
 GPT_OSS_ACTIVATION = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 MAX_ALL_EXPERTS = 1_000_000
@@ -105,12 +103,16 @@ def spec_of(fields: dict[str, Any], path: Path, name: str, eos_token_ids: Any) -
     return spec
 
 
+def _expert_count(config: Config) -> str:
+    return next((field for field in EXPERT_COUNTS if field in config.fields), EXPERT_COUNTS[0])
+
+
 def _moe_fields(config: Config, architecture: Architecture) -> dict[str, Any]:
     if architecture in DENSE:
         return {}
     fields = config.fields
     found: dict[str, Any] = {
-        "n_experts": config.count(EXPERT_COUNT.get(architecture, "num_experts")),
+        "n_experts": config.count(_expert_count(config)),
         "n_active": config.count("num_experts_per_tok"),
     }
     if architecture not in ("mixtral", "gpt_oss"):
@@ -221,8 +223,7 @@ def _check_sizes(spec: ModelSpec, config: Config) -> None:
     if spec.n_all_experts > MAX_ALL_EXPERTS or spec.n_experts > MAX_EXPERTS:
         raise refuse(f"{spec.n_all_experts:,} experts are more than a model has; download the file again.")
     if spec.n_active > spec.n_experts:
-        experts = EXPERT_COUNT.get(spec.architecture, "num_experts")
-        raise refuse(f"num_experts_per_tok {spec.n_active} exceeds {experts} {spec.n_experts}.")
+        raise refuse(f"num_experts_per_tok {spec.n_active} exceeds {_expert_count(config)} {spec.n_experts}.")
     if spec.n_dense_layers >= spec.n_layers:
         raise refuse(f"first_k_dense_replace {spec.n_dense_layers} leaves no layer with experts; correct the file.")
     if spec.n_heads % spec.n_kv_heads:

@@ -71,9 +71,13 @@ class PackedModel:
         """Memory that `load_dense` takes."""
         return _aligned(max(a.offset + a.n_bytes for a in self._manifest.dense.values()))
 
+    def expert_number(self, layer: int, expert: int) -> int:
+        """Place of an expert among all in the expert file."""
+        return (layer - self.spec.n_dense_layers) * self.spec.n_experts + expert
+
     def expert_offset(self, layer: int, expert: int) -> int:
         """Where an expert begins in the expert file."""
-        return ((layer - self.spec.n_dense_layers) * self.spec.n_experts + expert) * self.expert_stride
+        return self.expert_number(layer, expert) * self.expert_stride
 
     def load_dense(self) -> dict[str, np.ndarray]:
         """All weights but the experts', by name, in memory of their own."""

@@ -1,6 +1,6 @@
-"""The engine's arithmetic against transformers' Mixtral and Llama, and the demo against its dense original."""
+"""The engine's arithmetic against transformers', and the demo against its dense original."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,26 @@ from specmoeoff.runtime.model import Model, make_rows
 from specmoeoff.runtime.pack import PackedModel, pack_model
 
 
-def engine_logits(packed: PackedModel, tokens: np.ndarray) -> np.ndarray:
-    """Logits after every token, (n, vocab), by the pieces the engine runs."""
+def engine_logits(
+    packed: PackedModel, tokens: np.ndarray, cuts: Sequence[int] = (), isa: str | None = None
+) -> np.ndarray:
+    """Logits after every token, (n, vocab), by the pieces the engine runs, in chunks that end at `cuts`."""
     n, spec = len(tokens), packed.spec
     pages = PageTable(1, n)
     pages.reserve(0, n)
-    model = Model(packed, Kernels(2), pages.n_pages, n, n)
+    model = Model(packed, Kernels(2, isa, spec.precision), pages.n_pages, n, n)
     experts = packed.load_experts()
-    rows = make_rows(0, [n], [0], pages.table)
-    model.begin(tokens)
-    for layer in range(spec.n_layers):
-        model.attention(layer, rows)
-        slots = model.routing(n)
-        model.experts(n, [experts[layer * spec.n_experts + e] for e in slots], list(slots.values()))
-        model.combine(n)
     logits = np.empty((n, spec.vocab), np.float32)
-    model.choose(np.arange(n), logits)
+    for first, last in zip([0, *cuts], [*cuts, n], strict=True):
+        count = last - first
+        model.begin(tokens[first:last])
+        for layer in range(spec.n_layers):
+            model.attention(layer, make_rows(0, [count], [first], pages.table))
+            if layer >= spec.n_dense_layers:
+                slots, first_expert = model.routing(count), packed.expert_number(layer, 0)
+                model.experts(count, [experts[first_expert + e] for e in slots], list(slots.values()))
+                model.combine(count)
+        model.choose(np.arange(count), logits[first:last])
     return logits
 
 
@@ -52,6 +56,40 @@ CASES = [
     ("llama", {"num_hidden_layers": 2}),
     ("llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "num_key_value_heads": 4}),
 ]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+FP32_CASES = [
+    *CASES,
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    ("llama", {"attention_bias": True}),
+    ("qwen2", {"rope_parameters": YARN}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "num_attention_heads": 8, "num_experts": 70, "num_experts_per_tok": 8}),
+    ("olmoe", {}),
+    ("olmoe", {"norm_topk_prob": True, "clip_qkv": None}),
+    ("deepseek_v2", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
+    ("deepseek_v2", {"q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "v_head_dim": 48}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "norm_topk_prob": False}),
+    ("gpt_oss", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), FP32_CASES)
+def test_logits_in_fp32_are_those_of_transformers(
+    save_model: Callable[..., Path], kind: str, changes: dict[str, object]
+) -> None:
+    folder = save_model(kind, "float32", **{"initializer_range": 0.15} | changes)
+    packed = pack_model(folder, precision="fp32")
+    tokens = np.random.default_rng(5).integers(0, packed.spec.vocab, 90).astype(np.int32)
+    exact = transformers_logits(folder, tokens, "float32")
+    assert np.abs(engine_logits(packed, tokens) - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)

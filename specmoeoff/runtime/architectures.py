@@ -1,5 +1,6 @@
 """What a Hugging Face config.json says of a model's shape, and what its tensors are called."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,9 @@ def _refuse_what_the_kernels_lack(config: Config, architecture: Architecture) ->
 
 
 def _other_layer_params(spec: ModelSpec) -> int:
-    kept = re.compile(r".*(bias|sinks|[qk]_norm\.weight|_a_layernorm\.weight)")
+    kept = re.compile(r".*((?<!correction_)bias|sinks|[qk]_norm\.weight|_a_layernorm\.weight|shared_expert_gate\.weight)")
     layer = layer_tensors(spec, spec.n_layers - 1).values()
-    return sum(shape[0] for name, shape in layer if kept.fullmatch(name))
+    return sum(math.prod(shape) for name, shape in layer if kept.fullmatch(name))
 
 
 def _check_sizes(spec: ModelSpec, config: Config) -> None:

@@ -7,12 +7,14 @@ neighbours, page table, chunking or threads (see kernels.h).
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 
@@ -62,6 +64,19 @@ class _Batch(Structure):
     ]
 
 
+class _Swiglu(Structure):
+    _fields_ = [(name, c_float) for name in ("alpha", "limit", "shift")]
+
+
+class _Experts(Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("hidden", "intermediate", "n_active", "format", "n_experts")),
+        *((name, c_void_p) for name in ("weights", "biases")),
+        ("swiglu", POINTER(_Swiglu)),
+        *((name, c_void_p) for name in ("slots", "start")),
+    ]
+
+
 # Kept in the order of the C files.
 _SIGNATURES = {
     "smo_isa_count": (c_int, []),
@@ -70,16 +85,16 @@ _SIGNATURES = {
     "smo_set_cpus": (None, [POINTER(c_int32), c_int]),
     "smo_packed_linear_bytes": (c_size_t, [c_int, c_int]),
     "smo_pack_linear": (None, [c_void_p, c_int, c_int, c_void_p]),
-    "smo_packed_expert_bytes": (c_size_t, [c_int, c_int]),
-    "smo_pack_expert": (None, [c_void_p] * 3 + [c_int, c_int, c_int, c_void_p]),
     "smo_linear": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
     "smo_rmsnorm": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p]),
     "smo_verify_attention": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Batch)] + [c_void_p] * 5),
     "smo_partial_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int]),
     "smo_attention_scratch_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int, c_int]),
     "smo_attention_block": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Layer), POINTER(_Batch)] + [c_void_p] * 7),
-    "smo_experts_scratch_bytes": (c_size_t, [c_int, c_int]),
-    "smo_experts": (None, [c_int] * 5 + [c_void_p, c_int] + [c_void_p] * 5),
+    "smo_packed_expert_bytes": (c_size_t, [c_int] * 4),
+    "smo_pack_expert": (None, [c_int] + [c_void_p] * 3 + [c_int] * 3 + [c_void_p, POINTER(c_double)]),
+    "smo_experts_scratch_bytes": (c_size_t, [c_int] * 5),
+    "smo_experts": (None, [c_int, c_int, POINTER(_Experts)] + [c_void_p] * 3),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
     "smo_dense_pass": (
         None,
@@ -264,23 +279,76 @@ def pack_linear(weight: np.ndarray, out: np.ndarray) -> None:
     _library().smo_pack_linear(source, n_out, n_in * HALVES[precision], target)
 
 
-def packed_expert_bytes(hidden: int, intermediate: int, precision: Precision = "bf16") -> int:
+ExpertFormat = Literal["fp32", "bf16", "int8", "int4", "mxfp4"]
+_FORMATS: dict[ExpertFormat, tuple[int, int]] = {  # C's number, and an element's halves before packing
+    "fp32": (0, 2),
+    "bf16": (0, 1),
+    "int8": (1, 1),
+    "int4": (2, 1),
+    "mxfp4": (3, 1),
+}
+
+
+def _format(format: str) -> tuple[int, int]:
+    if not isinstance(format, str):
+        raise TypeError(f"format: str expected, not {type(format).__name__}")
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, not {format!r}")
+    return _FORMATS[format]
+
+
+def packed_expert_bytes(hidden: int, intermediate: int, format: ExpertFormat = "bf16") -> int:
     """Bytes of a packed expert: gate, up and down."""
-    n_bytes = _library().smo_packed_expert_bytes(_size("hidden", hidden, 2), _size("intermediate", intermediate, 2))
-    return int(n_bytes) * HALVES[_precision("precision", precision)]
+    sizes = _size("hidden", hidden, 2), _size("intermediate", intermediate, 2)
+    return int(_library().smo_packed_expert_bytes(*sizes, *_format(format)))
 
 
-def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
-    """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 or fp32 -> out (packed_expert_bytes,) uint8."""
-    precision = _precision_of(gate)
-    dtype = ACTIVATION[precision]
+def pack_expert(
+    gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, format: ExpertFormat | None = None
+) -> float:
+    """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 or fp32 -> out (packed_expert_bytes,) uint8.
+
+    `format`: None, that of the weights, or, of bf16 weights, with one bf16 scale to so many inputs of a column: int8 (64),
+    int4 (64), mxfp4 (32, a power of two; OCP Microscaling 1.0, exact where the weights were MXFP4 before).
+    Returns the quantisation error: root of the sum of its squares over that of the weights.
+    """
+    number, halves = _format(_precision_of(gate) if format is None else format)
+    dtype = np.float32 if halves == 2 else np.uint16
     gates, intermediate, hidden = _matrix(gate, dtype, "gate", 2)
     _size("gate: the number of rows", intermediate, 2)
     ups = _pointer(up, dtype, (intermediate, hidden), "up")
     downs = _pointer(down, dtype, (hidden, intermediate), "down")
-    target = _packed(out, packed_expert_bytes(hidden, intermediate, precision), "out", precision, write=True)
+    n_bytes = int(_library().smo_packed_expert_bytes(hidden, intermediate, number, halves))
+    target = _packed(out, n_bytes, "out", "fp32" if halves == 2 else "bf16", write=True)
     _apart([("out", out)], ("gate", gate), ("up", up), ("down", down))
-    _library().smo_pack_expert(gates, ups, downs, hidden, intermediate, HALVES[precision], target)
+    squares = (c_double * 2)()
+    _library().smo_pack_expert(number, gates, ups, downs, hidden, intermediate, halves, target, squares)
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """gate * sigmoid(alpha * gate) * (up + shift), gate at most `limit`, up within it on both sides; gpt-oss: 1.702, 7, 1."""
+
+    alpha: float = 1.0
+    limit: float = math.inf
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "limit", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.floating)):
+                raise TypeError(f"{name}: number expected, not {type(value).__name__}")
+            if not 0 <= value <= (math.inf if name == "limit" else 1e6):
+                raise ValueError(f"{name} must be at least 0{'' if name == 'limit' else ' and at most 1e6'}, not {value}")
+
+    @functools.cached_property
+    def c_struct(self) -> _Swiglu:
+        """For C."""
+        return _Swiglu(self.alpha, self.limit, self.shift)
+
+
+SILU = Swiglu()
 
 
 @dataclass(frozen=True)
@@ -656,19 +724,42 @@ class Kernels:
         row_slots: Sequence[np.ndarray],
         out: np.ndarray,
         intermediate: int,
+        format: ExpertFormat | None = None,
+        biases: Sequence[np.ndarray] | None = None,
+        swiglu: Swiglu = SILU,
     ) -> None:
-        """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H)."""
+        """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H).
+
+        `format`: as packed; None: the kernels' precision. In int8, int4 and mxfp4 the activations, of bf16, are multiplied as
+        int8 with one fp32 scale to the inputs that share a weight's scale, which is the largest of them over 127.
+        biases[e] (2 * intermediate + H,) float32: of gate, up and down.
+        """
         source, m, hidden = _matrix(normed, self._activation, "normed", 2)
         target = _pointer(out, np.float32, (None, hidden), "out", write=True)
         n_slots = len(out)
         if m < 1 or n_slots % m or n_slots > MAX_SIZE:
             raise ValueError(f"out: {n_slots} rows are no multiple of the {m} rows of normed")
-        n_bytes = packed_expert_bytes(hidden, intermediate, self.precision)
+        number, halves = _format(self.precision if format is None else format)
+        if halves != HALVES[self.precision]:
+            raise ValueError(f"format: {format} is not for kernels of precision {self.precision}")
+        n_bytes = packed_expert_bytes(hidden, intermediate, self.precision if format is None else format)
         _of("experts", experts, Collection)
         _of("row_slots", row_slots, Collection)
+        _of("swiglu", swiglu, Swiglu)
         if len(experts) != len(row_slots):
             raise ValueError(f"row_slots: {len(row_slots)} lists for {len(experts)} experts")
-        pointers = (c_void_p * max(1, len(experts)))(*(_packed(e, n_bytes, "experts", self.precision) for e in experts))
+        pointers = (c_void_p * max(1, len(experts)))(
+            *(_packed(e, n_bytes, "experts", self.precision) for e in experts)
+        )
+        bias_pointers = None
+        if biases is not None:
+            _of("biases", biases, Collection)
+            if len(biases) != len(experts):
+                raise ValueError(f"biases: {len(biases)} for {len(experts)} experts")
+            width = (2 * intermediate + hidden,)
+            bias_pointers = (c_void_p * max(1, len(biases)))(
+                *(_pointer(b, np.float32, width, "biases") for b in biases)
+            )
         for slots in row_slots:
             _pointer(slots, np.int32, (None,), "row_slots")
         slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])
@@ -676,25 +767,27 @@ class Kernels:
             raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
         if len(slots) and int(np.bincount(slots).max()) > 1:
             raise ValueError("row_slots: a slot occurs twice")
-        _apart([("out", out)], ("normed", normed), ("row_slots", slots), *(("experts", e) for e in experts))
+        read = [("normed", normed), ("row_slots", slots), *(("experts", e) for e in experts)]
+        _apart([("out", out)], *read, *(("biases", b) for b in biases or ()))
         start = np.zeros(len(experts) + 1, np.int32)
         np.cumsum([len(slots) for slots in row_slots], out=start[1:])
         library = _library()
-        scratch = self._scratch_of(library.smo_experts_scratch_bytes(intermediate, len(slots) * HALVES[self.precision]))
-        library.smo_experts(
-            self._isa,
-            self.n_threads,
+        scratch = self._scratch_of(
+            library.smo_experts_scratch_bytes(hidden, intermediate, number, halves, len(slots))
+        )
+        arguments = _Experts(
             hidden,
             intermediate,
             n_slots // m,
-            source,
+            number,
             len(experts),
-            pointers,
+            ctypes.addressof(pointers),
+            None if bias_pointers is None else ctypes.addressof(bias_pointers),
+            ctypes.pointer(swiglu.c_struct),
             slots.ctypes.data,
             start.ctypes.data,
-            target,
-            scratch,
         )
+        library.smo_experts(self._isa, self.n_threads, arguments, source, target, scratch)
 
     def combine(self, x: np.ndarray, expert_out: np.ndarray, expert_weight: np.ndarray) -> None:
         """x (M, H) += sum over ranks, in order, of expert_weight (M, n_active) * expert_out (M * n_active, H)."""
@@ -747,7 +840,7 @@ class Kernels:
         scratch = self._scratch_of(
             max(
                 library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision]),
-                library.smo_experts_scratch_bytes(shape.intermediate, m * HALVES[self.precision]),
+                library.smo_experts_scratch_bytes(shape.hidden, shape.intermediate, 0, HALVES[self.precision], m),
             )
         )
         library.smo_dense_pass(
@@ -792,7 +885,9 @@ class Kernels:
         )
 
 
-def scratch_bytes(shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int) -> int:
+def scratch_bytes(
+    shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int, expert_format: ExpertFormat | None = None
+) -> int:
     """Scratch memory a Kernels object ends up with after passes of up to `max_rows` rows in contexts of `context_tokens`."""
     _of("shape", shape, LayerShape)
     _size("n_threads", n_threads, most=MAX_THREADS)
@@ -802,6 +897,10 @@ def scratch_bytes(shape: LayerShape, max_rows: int, context_tokens: int, n_threa
     return max(
         1 << 20,
         int(library.smo_attention_scratch_bytes(shape.c_struct, max_rows, context_tokens, halves)),
-        int(library.smo_experts_scratch_bytes(shape.intermediate, max_rows * shape.n_active * halves)),
+        int(
+            library.smo_experts_scratch_bytes(
+                shape.hidden, shape.intermediate, *_FORMATS[expert_format or shape.precision], max_rows * shape.n_active
+            )
+        ),
         int(library.smo_head_scratch_bytes(shape.hidden, max_rows, n_threads, halves)),
     )

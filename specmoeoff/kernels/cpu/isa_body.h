@@ -162,15 +162,16 @@ static void to_f32(const float *x, float scale, int n, uint16_t *out)
     for (int i = 0; i < n; i += LANES) v_store((float *)out + i, v_mul(v_load(x + i), v_all(scale)));
 }
 
-INLINE void silu_mul_body(const int f32, const float *gate, const float *up, int n, uint16_t *out)
+INLINE void swiglu_body(const int f32, const float *gate, const float *up, const swiglu_t *s, int n, uint16_t *out)
 {
+    const V limit = v_all(s->limit), lowest = v_all(-s->limit); /* on the left: NaN passes */
     for (int i = 0; i < n; i += LANES) {
-        V g = v_load(gate + i);
-        V denominator = v_add(v_all(1.f), v_exp(v_min(v_sub(v_zero(), g), v_all(88.f))));
-        v_put(f32, out, i, v_mul(v_div(g, denominator), v_load(up + i)));
+        const V g = v_min(limit, v_load(gate + i)), u = v_max(lowest, v_min(limit, v_load(up + i)));
+        const V denominator = v_add(v_all(1.f), v_exp(v_min(v_mul(v_all(-s->alpha), g), v_all(88.f))));
+        v_put(f32, out, i, v_mul(v_div(g, denominator), v_add(u, v_all(s->shift))));
     }
 }
-OF_EACH_PRECISION(silu_mul, (const float *gate, const float *up, int n, uint16_t *out), gate, up, n, out)
+OF_EACH_PRECISION(swiglu, (const float *gate, const float *up, const swiglu_t *s, int n, uint16_t *out), gate, up, s, n, out)
 
 static void add(float *x, const float *y, int n)
 {

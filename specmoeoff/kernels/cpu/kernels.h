@@ -16,6 +16,22 @@ enum { BLOCK_TOKENS = BLOCK_PAGES * PAGE_TOKENS, MAX_EXPERTS = 1024 };
 /* A row's reference follows its highest score only when that exceeds it by more: what is above 1 is as exact as what is below. */
 #define SLACK 8.f
 
+/* gate / (1 + e^(-alpha gate)) * (up + shift), gate at most `limit`, up within -limit .. limit. */
+typedef struct {
+    float alpha, limit, shift;
+} swiglu_t;
+static const swiglu_t SILU = {1.f, __builtin_inff(), 0.f};
+
+/* Formats of packed experts: PLAIN is bf16 or fp32; of the others codes in groups, see experts.c. Offsets and groups are known
+ * when tiles are compiled. */
+enum { PLAIN, INT8, INT4, MXFP4, N_FORMATS };
+typedef struct {
+    int group, bits, offset;
+} format_t;
+static const format_t FORMATS[N_FORMATS] = {{0, 16, 0}, {64, 8, 128}, {64, 4, 8}, {32, 4, 12}};
+/* A row of n numbers (a multiple of 64) that multiplies codes: n bytes, and of every group a float and an int. */
+static inline size_t coded_row_bytes(int n, int group) { return (size_t)n + 8 * (size_t)(n / group); }
+
 /* One instruction set and one precision of weights and activations. Where it is fp32, activations and packed weights are
  * floats behind the same uint16_t pointers, two halves an element. */
 typedef struct isa {
@@ -30,8 +46,8 @@ typedef struct isa {
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
     /* out = bf16(scale * x); n a multiple of 16 */
     void (*to_bf16)(const float *x, float scale, int n, uint16_t *out);
-    /* out = bf16(silu(gate) * up); n a multiple of 16 */
-    void (*silu_mul)(const float *gate, const float *up, int n, uint16_t *out);
+    /* out = activations(swiglu); n a multiple of 16 */
+    void (*swiglu)(const float *gate, const float *up, const swiglu_t *s, int n, uint16_t *out);
     /* x += y; n a multiple of 16 */
     void (*add)(float *x, const float *y, int n);
     /* x += a * y, product rounded before the sum; n a multiple of 16 */
@@ -47,6 +63,12 @@ typedef struct isa {
     /* out = activations(scale * x); n a multiple of 16 */
     void (*put)(const float *x, float scale, int n, uint16_t *out);
     const struct isa *f32; /* the same instruction set in fp32 */
+    /* out (rows, 64) (+)= rows of n numbers . groups first .. last - 1 of a strip, the first at w; added but for group 0. Fetches
+     * as tile does, 256 bytes a step. */
+    void (*tile_codes)(int format, int rows, const unsigned char *const *x, int n, int first, int last, const unsigned char *w,
+                       float *out, const char *next, size_t next_step);
+    /* x (n) bf16 -> numbers `first` and on, a whole number of groups, of a row of `width`: round(127 x / largest of the group) */
+    void (*quantise)(int format, const uint16_t *x, int n, int first, int width, unsigned char *row);
 } isa_t;
 
 extern const isa_t isa_scalar, isa_scalar_f32;

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "rows.h"
 #include "threads.h"
 #include "tiles.h"
@@ -308,7 +309,7 @@ static void attention_rows(const isa_t *isa, const layer_t *layer, const attenti
 #pragma omp for schedule(static)
     for (int r = 0; r < m; r++) {
         const float *gate = gate_up + 2 * (size_t)r * shared;
-        isa->silu_mul(gate, gate + shared, shared, inner + (size_t)r * shared * isa->halves);
+        isa->swiglu(gate, gate + shared, &SILU, shared, inner + (size_t)r * shared * isa->halves);
     }
     linear_rows(isa, inner, m, shared, layer->shared_down, s->hidden,
                 (target_t){x, (size_t)s->hidden, 1, NULL, layer->shared_weight ? share : NULL});
@@ -328,7 +329,7 @@ void smo_attention_block(int isa, int threads, const layer_shape_t *shape, const
  * layers, which a draft of one token a request would otherwise spend a quarter of its time on. k_pages and v_pages:
  * layer after layer, k_halves and v_halves apart. */
 void smo_dense_pass(int isa_index, int threads, const layer_shape_t *s, int n_layers, const layer_t *layers,
-                    const uint16_t *const *experts, const batch_t *b, float *x, uint16_t *k_pages, uint16_t *v_pages,
+                    const unsigned char *const *experts, const batch_t *b, float *x, uint16_t *k_pages, uint16_t *v_pages,
                     size_t k_halves, size_t v_halves, uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out,
                     unsigned char *scratch)
 {
@@ -337,7 +338,8 @@ void smo_dense_pass(int isa_index, int threads, const layer_shape_t *s, int n_la
     EACH_THREAD(threads, for (int i = 0; i < n_layers; i++) {
         const attention_t a = {s, b, k_pages + (size_t)i * k_halves, v_pages + (size_t)i * v_halves};
         attention_rows(isa, layers + i, &a, x, normed, expert_index, expert_weight, scratch);
-        expert_rows(isa, s->hidden, s->intermediate, 1, normed, 1, experts + i, NULL, start, expert_out, scratch);
+        const experts_t feed_forward = {s->hidden, s->intermediate, 1, PLAIN, 1, experts + i, NULL, &SILU, NULL, start};
+        expert_rows(isa, &feed_forward, normed, expert_out, scratch);
         combine_rows(isa, x, b->n_rows, s->hidden, 1, expert_out, expert_weight);
     });
 }

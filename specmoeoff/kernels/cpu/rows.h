@@ -8,6 +8,9 @@ enum { GROUP_ROWS = 48 };
 
 const isa_t *isa_of(int index);
 
+/* weight (n_out, n_in halves) row-major -> strips [n_out / 64][n_in / 2][64][2], missing columns zero. */
+void smo_pack_linear(const uint16_t *weight, int n_out, int n_in, uint16_t *out);
+
 /* Where a product goes: row r at out + r * stride, added to what is there or not. bias (n_out), scale (m) or NULL. */
 typedef struct {
     float *out;
@@ -19,11 +22,5 @@ typedef struct {
 /* scale * (x (m, n_in) . w^T + bias) */
 void linear_rows(const isa_t *isa, const uint16_t *x, int m, int n_in, const uint16_t *w, int n_out, target_t target);
 void rmsnorm_rows(const isa_t *isa, const float *x, size_t x_stride, int m, int n, const float *weight, float eps, uint16_t *out);
-/* experts[e] serves slots[start[e] .. start[e + 1]), or, where slots is NULL, those numbers themselves; slot = row * n_active +
- * rank; out[slot] (hidden). */
-void expert_rows(const isa_t *isa, int hidden, int intermediate, int n_active, const uint16_t *normed, int n_experts,
-                 const uint16_t *const *experts, const int32_t *slots, const int32_t *start, float *out, unsigned char *scratch);
-/* x[row] += sum over ranks, in order, of weight * expert_out[row][rank] */
-void combine_rows(const isa_t *isa, float *x, int m, int hidden, int n_active, const float *expert_out, const float *weight);
 
 #endif

@@ -11,8 +11,9 @@ import numpy as np
 
 from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.files import cache_dir
+from specmoeoff.runtime.architectures import expert_tensor_names, router_name
 from specmoeoff.runtime.build_folder import build_folder
-from specmoeoff.runtime.checkpoint import INDEX_NAME, expert_tensor_names, router_name, to_bf16
+from specmoeoff.runtime.checkpoint import INDEX_NAME, to_bf16
 from specmoeoff.specs.model import ModelSpec
 
 RECIPE_VERSION = 1
@@ -140,7 +141,7 @@ def _expert_layer(dense: DenseModel, spec: ModelSpec, layer: int, noise: float, 
     add_copies("down", 2)
     add_copies("gate", 0)
     router = rng.standard_normal((spec.n_experts, spec.hidden), dtype=np.float32) * np.float32(ROUTER_SCALE)
-    tensors[router_name(layer)] = to_bf16(router)
+    tensors[router_name(spec, layer)] = to_bf16(router)
     add_copies("up", 1)
     return tensors
 

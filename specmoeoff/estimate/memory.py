@@ -1,53 +1,96 @@
 """Bytes by tier of a plan, exact to the allocation: what the runtime will take, and what to change where it is too much."""
 
-from specmoeoff.kernels.cpu import PAGE_TOKENS, LayerShape, packed_expert_bytes, packed_linear_bytes, scratch_bytes
+from specmoeoff.kernels.cpu import (
+    HALVES,
+    PAGE_TOKENS,
+    LayerShape,
+    packed_expert_bytes,
+    packed_linear_bytes,
+    scratch_bytes,
+)
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import PlanDecode, PlanMemory
 
 
 def expert_stride(spec: ModelSpec) -> int:
     """Bytes between experts in the packed file: whole disk blocks."""
-    return -(-packed_expert_bytes(spec.hidden, spec.intermediate) // 4096) * 4096
+    return -(-packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision) // 4096) * 4096
 
 
-def layer_shape(spec: ModelSpec) -> LayerShape:
-    """A model's layer as the kernels see it."""
+def layer_shape(spec: ModelSpec, layer: int = -1) -> LayerShape:
+    """A layer as the kernels see it; without a number, one with experts that sees all tokens."""
+    dense = 0 <= layer < spec.n_dense_layers
     return LayerShape(
         hidden=spec.hidden,
         n_heads=spec.n_heads,
         n_kv_heads=spec.n_kv_heads,
-        head_dim=spec.head_dim,
+        head_dim=spec.head_dim + spec.rope_head_dim,
+        v_head_dim=spec.v_head_dim or spec.head_dim,
+        rotary_dim=spec.rope_head_dim,
+        q_latent=spec.q_latent,
+        kv_latent=spec.kv_latent,
         intermediate=spec.intermediate,
+        shared_intermediate=spec.dense_intermediate if dense else spec.n_shared_experts * spec.intermediate,
         n_experts=spec.n_experts,
         n_active=spec.n_active,
+        window=spec.window_of(layer) if layer >= 0 else 0,
+        norm_heads=spec.qk_norm != "all",
+        sigmoid_router=spec.architecture == "deepseek_v3",
+        renormalise=spec.renormalise,
+        n_groups=spec.n_groups,
+        n_active_groups=spec.n_active_groups,
+        group_best=2 if spec.architecture == "deepseek_v3" else 1,
         rms_eps=spec.rms_eps,
+        attention_scale=spec.attention_scale,
+        routed_scale=spec.routed_scale,
+        clip_qkv=spec.clip_qkv,
+        precision=spec.precision,
     )
+
+
+def layer_arrays(spec: ModelSpec, layer: int) -> list[str]:
+    """Names of a layer's dense arrays, as kernels.cpu.LayerWeights takes them."""
+    routed = layer >= spec.n_dense_layers and spec.n_experts > 1
+    has = {
+        "router": routed,
+        "router_bias": routed and spec.architecture == "gpt_oss",
+        "choice_bias": routed and spec.architecture == "deepseek_v3",
+        "shared_weight": spec.architecture == "qwen2_moe",
+        "qkv_bias": spec.qkv_bias,
+        "o_bias": spec.o_bias,
+        "q_norm": spec.qk_norm != "none",
+        "k_norm": spec.qk_norm != "none",
+        "sinks": spec.has_sinks,
+    }
+    shape = layer_shape(spec, layer)
+    return [name for name in (*shape.vectors, *shape.matrices) if has.get(name, True)]
 
 
 def dense_bytes(spec: ModelSpec) -> int:
-    """Embedding, head, norms, attention projections and routers as packed."""
-    shape = layer_shape(spec)
-    router = packed_linear_bytes(spec.n_experts, spec.hidden) if spec.n_experts > 1 else 0
-    layer = (
-        packed_linear_bytes(shape.qkv_width, spec.hidden)
-        + packed_linear_bytes(spec.hidden, spec.n_heads * spec.head_dim)
-        + router
-        + 8 * spec.hidden
+    """Embedding, head, norms, attention projections, routers and shared feed-forwards as packed."""
+    n_bytes = 2 * HALVES[spec.precision] * spec.vocab * spec.hidden + packed_linear_bytes(
+        spec.vocab, spec.hidden, spec.precision
     )
-    head = packed_linear_bytes(spec.vocab, spec.hidden)
-    return 2 * spec.vocab * spec.hidden + head + 4 * spec.hidden + spec.n_layers * layer
+    n_bytes += 4 * spec.hidden
+    for layer in range(spec.n_layers):
+        shape = layer_shape(spec, layer)
+        for name in layer_arrays(spec, layer):
+            matrix = shape.matrices.get(name)
+            size = packed_linear_bytes(*matrix, spec.precision) if matrix else 4 * shape.vectors[name]
+            n_bytes += -(-size // 64) * 64
+    return n_bytes
 
 
 def kv_bytes(spec: ModelSpec, batch: int, context_tokens: int) -> int:
     """Pages for `batch` requests of `context_tokens`, and the spare page."""
     n_pages = batch * -(-context_tokens // PAGE_TOKENS) + 1
-    return n_pages * PAGE_TOKENS * spec.kv_bytes_per_token
+    return spec.n_layers * n_pages * layer_shape(spec).kv.page_bytes
 
 
 def workspace_bytes(spec: ModelSpec, max_rows: int, n_positions: int) -> int:
     """Activations of a pass and the rotary tables."""
-    activations = max_rows * (spec.hidden * 6 + spec.n_active * (8 + spec.hidden * 4))
-    return activations + n_positions * spec.head_dim * 4
+    activations = max_rows * (spec.hidden * (4 + 2 * HALVES[spec.precision]) + spec.n_active * (8 + spec.hidden * 4))
+    return activations + n_positions * (spec.rope_head_dim or spec.head_dim) * 4
 
 
 def max_rows(decode: PlanDecode) -> int:

@@ -68,10 +68,72 @@ def attention(
     return out, log_sums
 
 
-def expert(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """SwiGLU of x (M, H) bf16; gate, up (I, H), down (H, I) bf16. Activations are rounded to bf16 between, as the kernels do."""
-    g, u = linear(x, gate), linear(x, up)
-    return linear(f32_to_bf16(g / (1 + np.exp(-g)) * u), down)
+def swiglu(gate: np.ndarray, up: np.ndarray, alpha: float, limit: float, shift: float) -> np.ndarray:
+    """gate * sigmoid(alpha * gate) * (up + shift) of clamped gate and up; gpt-oss: 1.702, 7, 1; SiLU: 1, infinity, 0."""
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return g / (1 + np.exp(-alpha * g)) * (u + shift)
+
+
+def expert(
+    x: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    biases: np.ndarray | None = None,
+    clamp: tuple[float, float, float] = (1.0, np.inf, 0.0),
+    group: int = 0,
+) -> np.ndarray:
+    """x (M, H) bf16; gate, up (I, H), down (H, I) float64; biases (2 I + H,) of the three; clamp: of swiglu.
+
+    Activations are rounded to bf16 between, as the kernels do; with a group, what is multiplied is rounded to int8 too.
+    """
+    n = len(gate)
+    b = np.zeros(2 * n + len(down)) if biases is None else biases.astype(np.float64)
+    x = rounded_to_int8(x, group) if group else bf16_to_f64(x)
+    inner = f32_to_bf16(swiglu(x @ gate.T + b[:n], x @ up.T + b[n : 2 * n], *clamp))
+    return (rounded_to_int8(inner, group) if group else bf16_to_f64(inner)) @ down.T + b[2 * n :]
+
+
+def rounded_to_int8(x: np.ndarray, group: int) -> np.ndarray:
+    """x (M, n) bf16 -> (M, n) multiples of each group's largest magnitude over 127; scale and codes as fp32 finds them."""
+    m, n = x.shape
+    n_groups = -(-n // group)
+    values = np.zeros((m, n_groups * group), np.float32)
+    values[:, :n] = bf16_to_f64(x)
+    groups = values.reshape(m, n_groups, group)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    codes = np.rint(groups * np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 1e-30))
+    return (codes.astype(np.float64) * (most / np.float32(127))).reshape(values.shape)[:, :n]
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def unpack_strips(packed: np.ndarray, format: str, n_out: int, n_in: int) -> np.ndarray:
+    """packed (bytes,) uint8 -> (n_out, n_in): the weights that codes and scales stand for (the layout: experts.c)."""
+    group, per_byte = {"int8": (64, 1), "int4": (64, 2), "mxfp4": (32, 2)}[format]
+    n_groups = -(-n_in // 64) * 64 // group
+    blocks = packed.reshape(-(-n_out // 64), n_groups, 128 + 64 * group // per_byte)
+    scales = bf16_to_f64(blocks[:, :, :128].copy().view(np.uint16))  # (strips, groups, 64)
+    codes = blocks[:, :, 128:].reshape(*blocks.shape[:2], -1, 64, 4)
+    if per_byte == 2:
+        codes = np.stack([codes & 15, codes >> 4], axis=3).reshape(*blocks.shape[:2], -1, 64, 4)
+    values = 2 * E2M1[codes] if format == "mxfp4" else codes - (128.0 if format == "int8" else 8.0)
+    weights = values.transpose(0, 3, 1, 2, 4).reshape(-1, n_groups, group) * scales.transpose(0, 2, 1).reshape(
+        -1, n_groups, 1
+    )
+    return weights.reshape(len(weights), -1)[:n_out, :n_in]
+
+
+def unpack_expert(
+    packed: np.ndarray, format: str, hidden: int, intermediate: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gate, up (I, H) and down (H, I) of a packed expert."""
+    wide = -(-intermediate // 64) * 64
+    n_down = len(packed) - -(-hidden // 64) * (wide * (66 if format == "int8" else 34 if format == "int4" else 36))
+    first = packed[:n_down].reshape(wide // 64, 2, -1)
+    gate, up = (unpack_strips(first[:, i].reshape(-1).copy(), format, intermediate, hidden) for i in (0, 1))
+    return gate, up, unpack_strips(packed[n_down:], format, hidden, wide)[:, :intermediate]
 
 
 def route(logits: np.ndarray, n_active: int) -> tuple[np.ndarray, np.ndarray]:

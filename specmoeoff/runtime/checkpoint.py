@@ -9,28 +9,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from pydantic import ValidationError
 
 from specmoeoff.errors import BadInput
 from specmoeoff.files import cache_dir, load_json, read_text, sha256_text, write_atomic
-from specmoeoff.kernels.cpu import MAX_HEAD_DIM
-from specmoeoff.specs.model import ModelSpec
+from specmoeoff.runtime.architectures import (
+    expected_shapes,
+    expert_tensor_names,
+    ignored_tensors,
+    spec_of,
+    stacked_expert_name,
+)
+from specmoeoff.specs.model import ModelSpec, Precision
 
-SUPPORTED: dict[str, Literal["mixtral", "llama"]] = {"MixtralForCausalLM": "mixtral", "LlamaForCausalLM": "llama"}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000
-MAX_ALL_EXPERTS = 1_000_000
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+PACKED_DTYPE = "U8"  # of MXFP4's blocks and scales
+# The sixteen e2m1 numbers (OCP Microscaling Formats 1.0, section 5.3.3).
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
@@ -56,38 +62,6 @@ def _load_object(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def _refuse_what_the_kernels_lack(config: dict[str, Any], path: Path) -> None:
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "of unknown method")
-        raise BadInput(
-            f"{path}: quantization_config ({method}) is not supported; use the bf16, fp16 or fp32 checkpoint."
-        )
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise BadInput(
-            f"{path}: rope_scaling of type {rope_type!r} is not supported; use a model with plain rotary positions."
-        )
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise BadInput(f"{path}: partial_rotary_factor must be 1; use a model that rotates whole heads.")
-    window = config.get("sliding_window")
-    if window is not None and window < config.get("max_position_embeddings", 0):
-        raise BadInput(
-            f"{path}: sliding_window {window} is smaller than max_position_embeddings; only full attention is"
-            " supported: lower max_position_embeddings to the window or use another model."
-        )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise BadInput(f"{path}: hidden_act {config['hidden_act']!r} is not supported; use a model with silu.")
-    for field in ("attention_bias", "mlp_bias"):
-        if config.get(field):
-            raise BadInput(f"{path}: {field} is set, and biases are not supported; use a model without them.")
-
-
-def _rope_theta(config: dict[str, Any], architecture: str) -> Any:
-    default = 1e6 if architecture == "mixtral" else 1e4
-    return config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", default))
-
-
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     eos = config.get("eos_token_id")
     generation = folder / "generation_config.json"
@@ -105,112 +79,7 @@ def _spec_from_config(folder: Path) -> ModelSpec:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such checkpoint folder.")
     config = _load_object(path, "model config")
-    names = config.get("architectures") or ["none"]
-    name = names[0] if isinstance(names, list) else names
-    if not isinstance(name, str) or name not in SUPPORTED:
-        raise BadInput(f"{path}: architecture {name} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}.")
-    architecture = SUPPORTED[name]
-    try:
-        _refuse_what_the_kernels_lack(config, path)
-        rope_theta = _rope_theta(config, architecture)
-    except (TypeError, AttributeError):
-        raise BadInput(f"{path}: a field has the wrong type; download the file again.") from None
-
-    def count(field: str, default: int | None = None) -> int:
-        value = config.get(field)
-        if value is None:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadInput(f"{path}: {field} is {value!r}, a whole number above 0 is expected; correct the file.")
-        return value
-
-    hidden, n_heads = count("hidden_size"), count("num_attention_heads")
-    try:
-        spec = ModelSpec(
-            name=folder.resolve().name,
-            architecture=architecture,
-            n_layers=count("num_hidden_layers"),
-            hidden=hidden,
-            intermediate=count("intermediate_size"),
-            n_heads=n_heads,
-            n_kv_heads=count("num_key_value_heads", n_heads),
-            head_dim=count("head_dim", hidden // n_heads),
-            vocab=count("vocab_size"),
-            n_experts=count("num_local_experts") if architecture == "mixtral" else 1,
-            n_active=count("num_experts_per_tok") if architecture == "mixtral" else 1,
-            max_positions=count("max_position_embeddings"),
-            rms_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            eos_token_ids=_eos_token_ids(folder, config),
-            fingerprint="",
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the file.") from None
-    if spec.rms_eps < 0 or spec.rope_theta <= 0:
-        raise BadInput(f"{path}: rms_norm_eps or rope_theta is negative; download the file again.")
-    if spec.n_all_experts > MAX_ALL_EXPERTS:
-        raise BadInput(f"{path}: {spec.n_all_experts:,} experts are more than a model has; download the file again.")
-    if spec.n_active > spec.n_experts:
-        raise BadInput(f"{path}: num_experts_per_tok {spec.n_active} exceeds num_local_experts {spec.n_experts}.")
-    if spec.n_heads % spec.n_kv_heads:
-        raise BadInput(
-            f"{path}: num_attention_heads {spec.n_heads} is not a multiple of num_key_value_heads {spec.n_kv_heads}."
-        )
-    for field, value, multiple in (
-        ("hidden_size", spec.hidden, 16),
-        ("head_dim", spec.head_dim, 16),
-        ("intermediate_size", spec.intermediate, 2),
-    ):
-        if value % multiple:
-            raise BadInput(f"{path}: {field} {value} is not a multiple of {multiple}, which the kernels need.")
-    if spec.head_dim > MAX_HEAD_DIM:
-        raise BadInput(f"{path}: head_dim {spec.head_dim} exceeds {MAX_HEAD_DIM}, the kernels' limit.")
-    return spec
-
-
-# --- tensor names ----------------------------------------------------------------------------------------------
-
-
-def expert_tensor_names(spec: ModelSpec, layer: int, expert: int) -> tuple[str, str, str]:
-    """Names of one expert's gate, up and down projections; a dense layer's FFN is its only expert."""
-    prefix = f"model.layers.{layer}."
-    if spec.architecture == "llama":
-        return (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight", f"{prefix}mlp.down_proj.weight")
-    prefix += f"block_sparse_moe.experts.{expert}."
-    return f"{prefix}w1.weight", f"{prefix}w3.weight", f"{prefix}w2.weight"
-
-
-def router_name(layer: int) -> str:
-    """Name of a Mixtral layer's router weight, (n_experts, hidden)."""
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this spec must hold, with its (out, in) shape."""
-    hidden, q, kv = spec.hidden, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (spec.vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not spec.tie_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab, hidden)
-    for layer in range(spec.n_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}self_attn.q_proj.weight"] = (q, hidden)
-        shapes[f"{prefix}self_attn.k_proj.weight"] = (kv, hidden)
-        shapes[f"{prefix}self_attn.v_proj.weight"] = (kv, hidden)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, q)
-        if spec.architecture == "mixtral":
-            shapes[router_name(layer)] = (spec.n_experts, hidden)
-        for expert in range(spec.n_experts):
-            gate, up, down = expert_tensor_names(spec, layer, expert)
-            shapes[gate] = shapes[up] = (spec.intermediate, hidden)
-            shapes[down] = (hidden, spec.intermediate)
-    return shapes
+    return spec_of(config, path, folder.resolve().name, _eos_token_ids(folder, config))
 
 
 # --- safetensors shards ----------------------------------------------------------------------------------------
@@ -286,6 +155,16 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(set(weight_map.values())), weight_map
 
 
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """gate, up (intermediate, hidden), down (hidden, intermediate), bf16 or fp32; biases of the three, fp32, or None."""
+
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+
 class Checkpoint:
     """An opened checkpoint folder: every tensor known and checked, bytes read on demand with plain reads.
 
@@ -326,18 +205,46 @@ class Checkpoint:
             os.close(descriptor)
         self._descriptors = {}
 
+    def tensor(self, name: str, precision: Precision) -> np.ndarray:
+        """One weight of the checkpoint's shape, fp32 or rounded to bf16."""
+        return self.tensor_f32(name) if precision == "fp32" else self.tensor_bf16(name)
+
     def tensor_bf16(self, name: str) -> np.ndarray:
         """One weight as bf16 carried in uint16, of the checkpoint's shape."""
         values = self._read(name)
         return values if values.dtype == np.uint16 else to_bf16(values)
 
-    def tensor_f32(self, name: str) -> np.ndarray:
-        """One weight as float32, of the checkpoint's shape; exact."""
-        values = self._read(name)
+    def tensor_f32(self, name: str, index: int | None = None) -> np.ndarray:
+        """One weight, or its index-th part, as float32, of the checkpoint's shape; exact."""
+        values = self._read(name, index)
         return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
 
+    def expert(self, layer: int, expert: int, precision: Precision) -> Expert:
+        """An expert's weights as in Expert."""
+        if self.spec.architecture != "gpt_oss":
+            names = expert_tensor_names(self.spec, layer, expert)
+            gate, up, down = (self.tensor(name, precision) for name in names)
+            return Expert(gate, up, down)
+        gate_up, down = (
+            self._stacked(stacked_expert_name(layer, part), expert) for part in ("gate_up_proj", "down_proj")
+        )
+        gate_up_bias, down_bias = (
+            self.tensor_f32(stacked_expert_name(layer, f"{part}_proj_bias"), expert) for part in ("gate_up", "down")
+        )
+        round_ = to_bf16 if precision == "bf16" else np.ascontiguousarray
+        gate, up, down = map(round_, (gate_up[::2], gate_up[1::2], down))
+        return Expert(gate, up, down, (gate_up_bias[::2].copy(), gate_up_bias[1::2].copy(), down_bias))
+
+    def _stacked(self, name: str, expert: int) -> np.ndarray:
+        """One expert's matrix (out, in) of a tensor of all experts, fp32; gate and up rows alternate."""
+        if name in self.places:
+            return self.tensor_f32(name, expert).T
+        blocks, scales = self._read(f"{name}_blocks", expert), self._read(f"{name}_scales", expert)
+        values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, 32)
+        return np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(len(scales), -1)
+
     def _check_tensors(self, spec: ModelSpec) -> None:
-        expected = expected_shapes(spec)
+        expected = expected_shapes(spec, f"{stacked_expert_name(0, 'down_proj')}_blocks" in self.places)
         for name, shape in expected.items():
             place = self.places.get(name)
             if place is None:
@@ -345,9 +252,11 @@ class Checkpoint:
             where = f"{self.folder / place.shard}: {name}"
             if place.shape != shape:
                 raise BadInput(f"{where} has shape {place.shape}, config.json asks for {shape}; correct one of them.")
-            if place.dtype not in DTYPES:
+            if place.dtype not in DTYPES and not (
+                place.dtype == PACKED_DTYPE and name.endswith(("_blocks", "_scales"))
+            ):
                 raise BadInput(f"{where} is stored as {place.dtype}; BF16, F16 or F32 weights are supported.")
-        ignored = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
+        ignored = ignored_tensors(spec)
         for name in self.places.keys() - expected.keys():
             if not ignored.fullmatch(name):
                 raise BadInput(
@@ -360,13 +269,16 @@ class Checkpoint:
             self._descriptors[shard] = os.open(self.folder / shard, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[shard]
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str, index: int | None = None) -> np.ndarray:
         place = self.places[name]
-        values = np.empty(place.shape, DTYPES[place.dtype])
+        shape, start = place.shape, place.start
+        if index is not None:
+            shape, start = shape[1:], start + index * (place.n_bytes // shape[0])
+        values = np.empty(shape, DTYPES.get(place.dtype, np.dtype(np.uint8)))
         view = values.data.cast("B")
         done = 0
-        while done < place.n_bytes:
-            n_read = os.preadv(self._descriptor(place.shard), [view[done:]], place.start + done)
+        while done < values.nbytes:
+            n_read = os.preadv(self._descriptor(place.shard), [view[done:]], start + done)
             if n_read == 0:
                 raise BadInput(f"{self.folder / place.shard}: the shard became shorter while it was read.")
             done += n_read

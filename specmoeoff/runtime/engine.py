@@ -43,7 +43,7 @@ class Engine:
         n_slots: int | None = None,
     ) -> None:
         spec = self.spec = target.spec
-        kernels = Kernels(threads.compute)
+        kernels = Kernels(threads.compute, precision=spec.precision)
         self._pages = PageTable(decode.batch, decode.context_tokens)
         n_positions = min(spec.max_positions, decode.context_tokens)
         max_rows = max_window_rows(decode)
@@ -57,6 +57,7 @@ class Engine:
             threads.disk_chunk_bytes,
             disk_limit_gb_per_s,
             target.expert_bytes,
+            spec.n_dense_layers,
         )
         self._drafters: dict[str, Drafter] = {"none": NoDrafter(), "ngram": NgramDrafter()}
         if draft is not None:

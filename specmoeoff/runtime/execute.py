@@ -25,10 +25,9 @@ class Executor:
 
     def place(self, experts: PlanExperts) -> None:
         """Take another placement; what was on its way is forgotten."""
-        n_experts = self._model.spec.n_experts
         complete = all(
-            len(resident) + len(prefetch) == n_experts
-            for resident, prefetch in zip(experts.resident, experts.prefetch, strict=True)
+            len(resident) + len(prefetch) == self._model.spec.n_experts_of(layer)
+            for layer, (resident, prefetch) in enumerate(zip(experts.resident, experts.prefetch, strict=True))
         )
         self._prefetch = experts.prefetch
         self._ahead.clear()
@@ -60,8 +59,12 @@ class Executor:
             for index, rows in enumerate(micro_batches):
                 with trace.run(trace.builder.attention(layer, index, rows.requests)):
                     self._model.attention(layer, rows)
-                self._demand(window, layer, rows, loads)
-            self._experts(layer, len(tokens), loads, trace)
+                if self._model.spec.n_experts_of(layer):
+                    self._demand(window, layer, rows, loads)
+            if self._model.spec.n_experts_of(layer):
+                self._experts(layer, len(tokens), loads, trace)
+            else:
+                self.uses.append({})
         self.experts_used = sum(map(len, self.uses)) / len(self.uses)
 
     def _demand(self, window: int, layer: int, rows: Rows, loads: dict[int, Load]) -> None:

@@ -83,8 +83,9 @@ class ExpertStore:
         chunk_bytes: int,
         disk_limit_gb_per_s: float | None = None,
         expert_bytes: int | None = None,
+        first_layer: int = 0,
     ) -> None:
-        self._path, self._n_experts, self.stride = path, n_experts, stride
+        self._path, self._n_experts, self.stride, self._first_layer = path, n_experts, stride, first_layer
         self._expert_bytes = expert_bytes or stride
         self._chunk_bytes = max(4096, chunk_bytes // 4096 * 4096)
         self._n_chunks = -(-stride // self._chunk_bytes)
@@ -290,7 +291,7 @@ class ExpertStore:
     def _read_chunk(self, load: Load, chunk: int) -> None:
         first = chunk * self._chunk_bytes
         view = memoryview(self._arena[load.slot])[first : first + self._chunk_bytes]
-        offset = (load.layer * self._n_experts + load.expert) * self.stride + first
+        offset = ((load.layer - self._first_layer) * self._n_experts + load.expert) * self.stride + first
         self.bucket.take(len(view))
         while view:
             n_read = os.preadv(self._descriptor, [view], offset)

@@ -1,8 +1,9 @@
-"""Paged bf16 keys and values. Target and draft share one page table: both see the same tokens of the same requests."""
+"""Paged keys and values. Target and draft share one page table: both see the same tokens of the same requests."""
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import PAGE_TOKENS, KVShape, aligned_empty
+from specmoeoff.estimate.memory import layer_shape
+from specmoeoff.kernels.cpu import PAGE_TOKENS, aligned_empty
 from specmoeoff.specs.model import ModelSpec
 
 
@@ -15,7 +16,7 @@ class KVCache:
     """Keys and values of one model for all layers; allocated once, touched at once, so RSS is what was planned."""
 
     def __init__(self, spec: ModelSpec, n_pages: int) -> None:
-        page_bytes = KVShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.head_dim).page_bytes
+        page_bytes = layer_shape(spec).kv.page_bytes
         self.pages = aligned_empty(spec.n_layers * n_pages * page_bytes).reshape(spec.n_layers, n_pages, page_bytes)
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Batch, DenseStack, Kernels, LayerShape, LayerWeights, aligned_empty
+from specmoeoff.estimate.memory import layer_arrays, layer_shape
+from specmoeoff.kernels.cpu import ACTIVATION, Batch, DenseStack, Kernels, LayerWeights, aligned_empty
 from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.rope import rope_tables
 from specmoeoff.specs.model import ModelSpec
 
 
@@ -37,29 +39,15 @@ class Workspace:
     def __init__(self, spec: ModelSpec, max_rows: int) -> None:
         self.max_rows = max_rows
         self.x = _array((max_rows, spec.hidden), np.float32)
-        self.normed = _array((max_rows, spec.hidden), np.uint16)
+        self.normed = _array((max_rows, spec.hidden), ACTIVATION[spec.precision])
         self.expert_index = _array((max_rows, spec.n_active), np.int32)
         self.expert_weight = _array((max_rows, spec.n_active), np.float32)
         self.expert_out = _array((max_rows * spec.n_active, spec.hidden), np.float32)
 
 
-def workspace_bytes(spec: ModelSpec, max_rows: int) -> int:
-    """Bytes of Workspace."""
-    return max_rows * (spec.hidden * 6 + spec.n_active * (8 + spec.hidden * 4))
-
-
 def _array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return aligned_empty(n_bytes).view(dtype).reshape(shape)
-
-
-def rope_tables(spec: ModelSpec, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position and frequency, each (n_positions, head_dim / 2) float32."""
-    # float32 throughout, as the models were trained: the angle of a late position depends on it.
-    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
-    frequencies = (np.float32(1) / np.float32(spec.rope_theta) ** exponents).astype(np.float32)
-    angles = np.arange(n_positions, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 class Model:
@@ -73,34 +61,23 @@ class Model:
         dense = packed.load_dense()
         self._embedding, self._head, self._norm = dense["embedding"], dense["lm_head"], dense["norm"]
         cos, sin = rope_tables(spec, n_positions)
-        shape = LayerShape(
-            hidden=spec.hidden,
-            n_heads=spec.n_heads,
-            n_kv_heads=spec.n_kv_heads,
-            head_dim=spec.head_dim,
-            intermediate=spec.intermediate,
-            n_experts=spec.n_experts,
-            n_active=spec.n_active,
-            rms_eps=spec.rms_eps,
-        )
+        prefixes = [f"layers.{i}." for i in range(spec.n_layers)]
         self._layers = [
             LayerWeights(
-                shape,
-                dense[f"layers.{i}.input_norm"],
-                dense[f"layers.{i}.qkv"],
-                dense[f"layers.{i}.o"],
-                dense[f"layers.{i}.post_norm"],
-                dense.get(f"layers.{i}.router"),
-                cos,
-                sin,
+                layer_shape(spec, i),
+                **{"router": None} | {name: dense[prefix + name] for name in layer_arrays(spec, i)},
+                cosines=cos,
+                sines=sin,
             )
-            for i in range(spec.n_layers)
+            for i, prefix in enumerate(prefixes)
         ]
 
     def begin(self, tokens: np.ndarray) -> None:
         """Embed tokens (M,) into the residual stream."""
-        rows = self._embedding[tokens].astype(np.uint32)
-        self.work.x[: len(tokens)] = (rows << 16).view(np.float32)
+        rows = self._embedding[tokens]
+        self.work.x[: len(tokens)] = (
+            rows if rows.dtype == np.float32 else (rows.astype(np.uint32) << 16).view(np.float32)
+        )
 
     def attention(self, layer: int, rows: Rows) -> None:
         """Attention block of some rows, up to and including the router."""

@@ -13,12 +13,14 @@ from typing import ClassVar
 import numpy as np
 
 from specmoeoff.errors import BadInput, MissingCapability
+from specmoeoff.estimate.memory import dense_bytes, expert_stride, layer_arrays
 from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
+from specmoeoff.runtime.architectures import layer_tensors
 from specmoeoff.runtime.build_folder import build_folder
-from specmoeoff.runtime.checkpoint import Checkpoint, expert_tensor_names, router_name
+from specmoeoff.runtime.checkpoint import Checkpoint
 from specmoeoff.specs.base import FileSpec, Spec
-from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.model import ModelSpec, Precision
 
 LAYOUT = 1
 ALIGNMENT = 4096
@@ -39,7 +41,7 @@ class DenseArray(Spec):
 
 
 class Manifest(FileSpec):
-    """What a packed folder holds. Checksums are SHA-256 of each expert's bytes, (n_layers, n_experts)."""
+    """What a packed folder holds. Checksums are SHA-256 of each expert's bytes, (expert layers, experts)."""
 
     what: ClassVar[str] = "packed model"
     layout: int
@@ -62,16 +64,20 @@ class PackedModel:
         self.spec = manifest.model
         self.expert_path = folder / EXPERTS
         self.expert_stride = manifest.expert_stride
-        self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate)
+        self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate, self.spec.precision)
 
     @property
     def dense_bytes(self) -> int:
         """Memory that `load_dense` takes."""
         return _aligned(max(a.offset + a.n_bytes for a in self._manifest.dense.values()))
 
+    def expert_number(self, layer: int, expert: int) -> int:
+        """Place of an expert among all in the expert file."""
+        return (layer - self.spec.n_dense_layers) * self.spec.n_experts + expert
+
     def expert_offset(self, layer: int, expert: int) -> int:
         """Where an expert begins in the expert file."""
-        return (layer * self.spec.n_experts + expert) * self.expert_stride
+        return self.expert_number(layer, expert) * self.expert_stride
 
     def load_dense(self) -> dict[str, np.ndarray]:
         """All weights but the experts', by name, in memory of their own."""
@@ -82,18 +88,18 @@ class PackedModel:
         }
 
     def load_experts(self) -> np.ndarray:
-        """Every expert, (n_layers * n_experts, expert_bytes) uint8."""
+        """Every expert, (expert layers * experts, expert_bytes) uint8."""
         n = self.spec.n_all_experts
         return _read_direct(self.expert_path, 0, n * self.expert_stride).reshape(n, -1)[:, : self.expert_bytes]
 
     def damaged_experts(self, progress: Progress = lambda *_: None) -> list[tuple[int, int]]:
         """(layer, expert) of every expert whose bytes differ from what was packed."""
         damaged = []
-        for layer in range(self.spec.n_layers):
+        for layer, sums in enumerate(self._manifest.expert_sha256, self.spec.n_dense_layers):
             first = self.expert_offset(layer, 0)
             experts = _read_direct(self.expert_path, first, self.spec.n_experts * self.expert_stride)
             for expert, packed in enumerate(experts.reshape(self.spec.n_experts, -1)):
-                if hashlib.sha256(packed.data).hexdigest() != self._manifest.expert_sha256[layer][expert]:
+                if hashlib.sha256(packed.data).hexdigest() != sums[expert]:
                     damaged.append((layer, expert))
             progress("checking experts", layer + 1, self.spec.n_layers)
         return damaged
@@ -125,34 +131,63 @@ def _read_direct(path: Path, offset: int, n_bytes: int) -> np.ndarray:
 
 
 def _pack_weight(weight: np.ndarray) -> np.ndarray:
-    out = np.empty(packed_linear_bytes(*weight.shape), np.uint8)
+    precision: Precision = "fp32" if weight.dtype == np.float32 else "bf16"
+    out = np.empty(packed_linear_bytes(*weight.shape, precision), np.uint8)
     pack_linear(weight, out)
     return out
 
 
-def _dense_arrays(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
-    spec = checkpoint.spec
-    embedding = checkpoint.tensor_bf16("model.embed_tokens.weight")
+def _dense_arrays(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
+    embedding = checkpoint.tensor("model.embed_tokens.weight", spec.precision)
     yield "embedding", embedding
-    head = embedding if spec.tie_embeddings else checkpoint.tensor_bf16("lm_head.weight")
+    head = embedding if spec.tie_embeddings else checkpoint.tensor("lm_head.weight", spec.precision)
     yield "lm_head", _pack_weight(head)
     yield "norm", checkpoint.tensor_f32("model.norm.weight")
     for layer in range(spec.n_layers):
-        prefix = f"model.layers.{layer}."
-        attention = prefix + "self_attn."
-        qkv = [checkpoint.tensor_bf16(f"{attention}{part}_proj.weight") for part in "qkv"]
-        yield f"layers.{layer}.input_norm", checkpoint.tensor_f32(prefix + "input_layernorm.weight")
-        yield f"layers.{layer}.qkv", _pack_weight(np.concatenate(qkv))
-        yield f"layers.{layer}.o", _pack_weight(checkpoint.tensor_bf16(f"{attention}o_proj.weight"))
-        yield f"layers.{layer}.post_norm", checkpoint.tensor_f32(prefix + "post_attention_layernorm.weight")
-        if spec.n_experts > 1:
-            yield f"layers.{layer}.router", _pack_weight(checkpoint.tensor_bf16(router_name(layer)))
+        for name in layer_arrays(spec, layer):
+            yield f"layers.{layer}.{name}", _layer_array(checkpoint, spec, layer, name)
 
 
-def _write_dense(checkpoint: Checkpoint, folder: Path) -> dict[str, DenseArray]:
+PARTS = {
+    "shared_gate_up": ("shared_gate", "shared_up"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "qkv": ("q", "k", "v"),
+}
+
+
+def _layer_array(checkpoint: Checkpoint, spec: ModelSpec, layer: int, name: str) -> np.ndarray:
+    """One array as kernels.cpu.LayerWeights takes it: vectors fp32, matrices packed."""
+    tensors = layer_tensors(spec, layer)
+    parts = PARTS.get(name, (name,))
+    if spec.kv_latent and name == "qkv":
+        parts = ("q_down", "kv_down") if spec.q_latent else ("kv_down",)
+    if len(tensors[parts[0]][1]) == 1:
+        return np.concatenate([checkpoint.tensor_f32(tensors[part][0]) for part in parts])
+    weights = [checkpoint.tensor(tensors[part][0], spec.precision) for part in parts]
+    if spec.kv_latent and name in ("qkv", "q_up", "kv_up"):
+        weights[-1] = _latent_rows(spec, name, weights[-1])
+    return _pack_weight(np.concatenate(weights))
+
+
+def _latent_rows(spec: ModelSpec, name: str, weight: np.ndarray) -> np.ndarray:
+    """A projection of latent attention with rows in the kernels' order: in every head the rotary ones first, those that turn
+    together half of them apart, which DeepSeek has side by side; in kv_up all heads' keys, their rotary rows zero, then values."""
+    rope, nope, heads = spec.rope_head_dim, spec.head_dim, spec.n_heads
+    apart = np.concatenate([np.arange(0, rope, 2), np.arange(1, rope, 2)])
+    if name == "qkv":
+        return np.concatenate([weight[:-rope], weight[-rope:][apart]])
+    weight = weight.reshape(heads, -1, weight.shape[-1])
+    if name == "q_up":
+        weight = np.concatenate([weight[:, nope:][:, apart], weight[:, :nope]], axis=1)
+        return weight.reshape(-1, weight.shape[-1])
+    keys = np.concatenate([np.zeros((heads, rope, weight.shape[-1]), weight.dtype), weight[:, :nope]], axis=1)
+    return np.concatenate([keys.reshape(-1, weight.shape[-1]), weight[:, nope:].reshape(-1, weight.shape[-1])])
+
+
+def _write_dense(checkpoint: Checkpoint, spec: ModelSpec, folder: Path) -> dict[str, DenseArray]:
     arrays, offset = {}, 0
     with (folder / DENSE).open("wb") as stream:
-        for name, values in _dense_arrays(checkpoint):
+        for name, values in _dense_arrays(checkpoint, spec):
             arrays[name] = DenseArray(offset=offset, dtype=values.dtype.name, shape=values.shape)
             padding = -values.nbytes % 64
             stream.write(np.ascontiguousarray(values).data.cast("B"))
@@ -162,17 +197,18 @@ def _write_dense(checkpoint: Checkpoint, folder: Path) -> dict[str, DenseArray]:
     return arrays
 
 
-def _write_experts(checkpoint: Checkpoint, folder: Path, progress: Progress) -> tuple[tuple[str, ...], ...]:
-    spec = checkpoint.spec
-    n_bytes = packed_expert_bytes(spec.hidden, spec.intermediate)
+def _write_experts(
+    checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress
+) -> tuple[tuple[str, ...], ...]:
+    n_bytes = packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision)
     buffer = np.zeros(_aligned(n_bytes), np.uint8)
     sums = []
     with (folder / EXPERTS).open("wb") as stream:
-        for layer in range(spec.n_layers):
+        for layer in range(spec.n_dense_layers, spec.n_layers):
             row = []
             for expert in range(spec.n_experts):
-                gate, up, down = map(checkpoint.tensor_bf16, expert_tensor_names(spec, layer, expert))
-                pack_expert(gate, up, down, buffer[:n_bytes])
+                weights = checkpoint.expert(layer, expert, spec.precision)
+                pack_expert(weights.gate, weights.up, weights.down, buffer[:n_bytes])
                 row.append(hashlib.sha256(buffer.data).hexdigest())
                 stream.write(buffer.data)
             # Or the page cache would count hundreds of megabytes of dirty pages before the first sync.
@@ -182,25 +218,25 @@ def _write_experts(checkpoint: Checkpoint, folder: Path, progress: Progress) -> 
     return tuple(sums)
 
 
-def pack_model(folder: Path | str, progress: Progress = lambda *_: None) -> PackedModel:
+def pack_model(folder: Path | str, progress: Progress = lambda *_: None, precision: Precision = "bf16") -> PackedModel:
     """The packed form of a checkpoint folder, made now if it is not in the cache."""
     with Checkpoint(folder) as checkpoint:
-        spec = checkpoint.spec
-        final = cache_dir() / "packed" / spec.fingerprint[:16]
+        spec = checkpoint.spec.model_copy(update={"precision": precision})
+        suffix = "" if precision == "bf16" else f"-{precision}"
+        final = cache_dir() / "packed" / f"{spec.fingerprint[:16]}{suffix}"
 
         def fill(partial: Path) -> None:
-            sums = _write_experts(checkpoint, partial, progress)
+            sums = _write_experts(checkpoint, spec, partial, progress)
             manifest = Manifest(
                 layout=LAYOUT,
                 model=spec,
-                expert_stride=_aligned(packed_expert_bytes(spec.hidden, spec.intermediate)),
+                expert_stride=expert_stride(spec),
                 expert_sha256=sums,
-                dense=_write_dense(checkpoint, partial),
+                dense=_write_dense(checkpoint, spec, partial),
             )
             (partial / MANIFEST).write_text(manifest.text())
 
-        stride = _aligned(packed_expert_bytes(spec.hidden, spec.intermediate))
-        n_bytes = spec.n_all_experts * stride + 5 * spec.vocab * spec.hidden + 3 * spec.n_layers * spec.attention_params
+        n_bytes = spec.n_all_experts * expert_stride(spec) + dense_bytes(spec)
         build_folder(final, _is_complete, n_bytes, f"packing {spec.name}", fill)
     return PackedModel(final)
 
@@ -208,7 +244,8 @@ def pack_model(folder: Path | str, progress: Progress = lambda *_: None) -> Pack
 def _is_complete(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        n = manifest["model"]["n_layers"] * manifest["model"]["n_experts"] * manifest["expert_stride"]
+        model = manifest["model"]
+        n = (model["n_layers"] - model["n_dense_layers"]) * model["n_experts"] * manifest["expert_stride"]
         return bool(manifest["layout"] == LAYOUT) and (folder / EXPERTS).stat().st_size == n
     except (OSError, ValueError, KeyError, TypeError):
         return False

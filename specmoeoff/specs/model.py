@@ -1,24 +1,71 @@
 """The shape of a model, as far as planning and running need it."""
 
+import math
 from typing import ClassVar, Literal
 
 from specmoeoff.specs.base import FileSpec, Spec
 
 BF16_BYTES = 2
+Precision = Literal["bf16", "fp32"]
+Architecture = Literal[
+    "mixtral",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+]
 MXFP4_BLOCK_PARAMS, MXFP4_BLOCK_BYTES = 32, 17  # 4 bits each and a shared scale (OCP Microscaling Formats 1.0)
 
 
-class ModelSpec(Spec):
-    """Decoder with routed experts; a dense llama is one expert that is always chosen with weight 1.
+class RopeScaling(Spec):
+    """How rotary frequencies reach beyond the `original_positions` of pretraining: divided by `factor` (linear), or only the
+    slow ones (llama3: Llama 3.1; yarn: Peng et al. 2023, arXiv 2309.00071)."""
 
-    The runtime executes `mixtral` and `llama`; the others are for planning. The fields with defaults describe what only
-    some have: shared experts of the routed ones' size beside them; first layers with one dense block in place of experts;
-    latent attention (MLA), which caches `kv_latent` + `rope_head_dim` numbers a token for all heads; layers that see the
-    last `sliding_window` tokens only; `other_layer_params` are norms of q and k, biases and sinks.
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def magnitude(self, mscale: float) -> float:
+        """YaRN's 0.1 m ln(factor) + 1 (equation 22)."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    @property
+    def table_scale(self) -> float:
+        """Of cosines and sines."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+        return self.magnitude(1.0)
+
+
+class ModelSpec(Spec):
+    """Decoder with routed experts; a dense model is one expert that is always chosen with weight 1.
+
+    The fields with defaults describe what only some have: shared experts of the routed ones' size beside them; first layers
+    with one dense block in place of experts; latent attention (MLA), which caches `kv_latent` + `rope_head_dim` numbers a token
+    for all heads (this runtime: the heads' keys and values) and may have a latent of queries too; layers that see the last
+    `sliding_window` tokens only, every other one from the first where not all do; `other_layer_params` are norms of q and k,
+    biases and sinks. `precision` is that of weights, activations and KV cache as they are run.
     """
 
     name: str
-    architecture: Literal["mixtral", "llama", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss"]
+    architecture: Architecture
     n_layers: int
     hidden: int
     intermediate: int
@@ -44,6 +91,48 @@ class ModelSpec(Spec):
     other_layer_params: int = 0
     expert_format: Literal["bf16", "mxfp4"] = "bf16"
     expert_bias: bool = False
+    v_head_dim: int = 0
+    q_latent: int = 0
+    rope_scaling: RopeScaling | None = None
+    renormalise: bool = True
+    n_groups: int = 0
+    n_active_groups: int = 0
+    routed_scale: float = 1.0
+    clip_qkv: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    precision: Precision = "bf16"
+
+    @property
+    def has_sinks(self) -> bool:
+        return self.architecture == "gpt_oss"
+
+    @property
+    def qk_norm(self) -> Literal["head", "all", "none"]:
+        """Whether queries and keys are normalised head by head, all heads together, or not."""
+        if self.architecture in ("qwen3", "qwen3_moe"):
+            return "head"
+        return "all" if self.architecture == "olmoe" else "none"
+
+    @property
+    def attention_scale(self) -> float:
+        """Of queries: 1 / sqrt(head size), with MLA and YaRN times the square of its magnitude (DeepSeek-V2, section 3.1.4)."""
+        scale = (self.head_dim + self.rope_head_dim) ** -0.5
+        rope = self.rope_scaling
+        return (
+            scale * rope.magnitude(rope.mscale_all_dim) ** 2
+            if rope and self.kv_latent and rope.mscale_all_dim
+            else scale
+        )
+
+    def n_experts_of(self, layer: int) -> int:
+        """Routed experts of a layer."""
+        return 0 if layer < self.n_dense_layers else self.n_experts
+
+    def window_of(self, layer: int) -> int:
+        """Tokens a layer sees; 0: all."""
+        slides = self.n_sliding_layers == self.n_layers or (self.n_sliding_layers and layer % 2 == 0)
+        return self.sliding_window if slides else 0
 
     @property
     def n_expert_layers(self) -> int:
@@ -93,13 +182,14 @@ class ModelSpec(Spec):
         """Of one layer, with MLA the up-projection of keys too."""
         if self.kv_latent:
             q = self.n_heads * (self.head_dim + self.rope_head_dim)
-            return self.hidden * (q + self.kv_width) + self.kv_latent * self.n_heads * self.head_dim
+            q_params = self.q_latent * (self.hidden + q) if self.q_latent else self.hidden * q
+            return q_params + self.hidden * self.kv_width + self.kv_latent * self.n_heads * self.head_dim
         return self.hidden * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
     @property
     def output_params(self) -> int:
         """Of one layer's output projection, with MLA the up-projection of values too."""
-        return (self.hidden + self.kv_latent) * self.n_heads * self.head_dim
+        return (self.hidden + self.kv_latent) * self.n_heads * (self.v_head_dim or self.head_dim)
 
     @property
     def router_params(self) -> int:

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from specmoeoff.specs.base import FileSpec, Spec
+from specmoeoff.specs.model import Precision
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -13,11 +14,12 @@ DrafterName = Literal["none", "ngram", "model", "eagle"]
 
 
 class PlanModel(Spec):
-    """`source` is what the person named: `demo` or a folder."""
+    """`source` is what the person named: `demo`, a folder or a file. A draft has the target's precision."""
 
     source: str
     name: str
     fingerprint: str
+    precision: Precision = "bf16"
 
 
 class PlanDecode(Spec):

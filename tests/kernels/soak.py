@@ -9,6 +9,7 @@ its own and exactly as large as it must be, so that AddressSanitizer (`make sani
 
 import argparse
 import functools
+import math
 import mmap
 import multiprocessing
 import os
@@ -89,15 +90,40 @@ class Draw(random.Random):
         first = self.randrange(len(noise) - n - skip)
         return noise[first : first + n + skip].copy()[skip:].reshape(shape)
 
-    def packed(self, n_out: int, n_in: int) -> np.ndarray:
-        return self.array(np.uint8, cpu.packed_linear_bytes(n_out, n_in))
+    def packed(self, n_out: int, n_in: int, precision: str = "bf16") -> np.ndarray:
+        n_bytes = cpu.packed_linear_bytes(n_out, n_in, precision)
+        return (
+            self.array(np.float32, n_bytes // 4).view(np.uint8)
+            if precision == "fp32"
+            else self.array(np.uint8, n_bytes)
+        )
 
     def expert(self, hidden: int, intermediate: int) -> np.ndarray:
         return self.array(np.uint8, cpu.packed_expert_bytes(hidden, intermediate))
 
-    def kernels(self) -> Kernels:
+    def kernels(self, precision: str = "bf16") -> Kernels:
         n_threads = 1 if self.random() < 0.97 else self.randint(2, 3)
-        return _kernels(n_threads, self.choice(cpu.supported_isas()))
+        return _kernels(n_threads, self.choice(cpu.supported_isas()), precision)
+
+    def any_shape(self, n_experts: int) -> Call:
+        """A shape that half of the time has what only some models have."""
+        shape = self.shape(n_experts)
+        if self.random() < 0.5:
+            return shape
+        sizes, head_dim = shape.arguments, shape.arguments["head_dim"]
+        sizes |= {
+            "kv_format": self.choice(cpu.KV_FORMATS),
+            "precision": self.choice(("bf16", "fp32")),
+            "v_head_dim": 16 * self.randint(1, 3),
+        }
+        sizes |= {"window": self.choice((0, 1, 3, PAGE, 100)), "norm_heads": self.random() < 0.5, "clip_qkv": 0.5}
+        sizes |= {"shared_intermediate": self.choice((0, 16, 48)), "rotary_dim": self.choice((0, 2, head_dim))}
+        sizes |= {"sigmoid_router": self.random() < 0.5, "renormalise": self.random() < 0.5}
+        if self.random() < 0.5:
+            sizes |= {"n_kv_heads": sizes["n_heads"], "kv_latent": 32, "q_latent": self.choice((0, 16))}
+        if n_experts == 4 and sizes["n_active"] <= 2:
+            sizes |= {"n_groups": 2, "n_active_groups": self.randint(1, 2), "group_best": self.randint(1, 2)}
+        return shape
 
     def shape(self, n_experts: int) -> Call:
         kv_heads = self.randint(1, 2)
@@ -112,7 +138,11 @@ class Draw(random.Random):
         }
         return Call(cpu.LayerShape, {**sizes, "rms_eps": 1e-5})
 
-    def batch(self) -> Call:
+    def tree(self, row_start: np.ndarray) -> np.ndarray:
+        own = [1 << j for n in np.diff(row_start) for j in range(n)]
+        return np.array([bit | self.getrandbits(64) for bit in own], np.uint64)
+
+    def batch(self, trees: bool = False) -> Call:
         counts = [self.choice((1, 1, 1, 2, 5, 9)) for _ in range(self.randint(1, 3))]
         firsts = [self.choice((0, 1, 7, PAGE - 1, PAGE, PAGE + 1, self.randrange(3 * PAGE))) for _ in counts]
         ends = [c + f for c, f in zip(counts, firsts, strict=True)]
@@ -121,29 +151,40 @@ class Draw(random.Random):
         table = np.array(self.sample(range(self.n_pages), width * len(counts)), np.int32).reshape(-1, width)
         row_start = np.array([0, *np.cumsum(counts)], np.int32)
         arrays = {"row_start": row_start, "first_position": np.array(firsts, np.int32), "page_table": table}
+        arrays |= {"tree": self.tree(row_start)} if trees and self.random() < 0.5 else {}
         return Call(cpu.Batch, arrays)
 
     def layer(self, shape: Call) -> Call:
         s = cpu.LayerShape(**shape.arguments)
-        n_positions, half = self.end + self.randint(0, 2), s.head_dim // 2
-        arguments = {
-            "shape": shape,
-            "input_norm": self.array(np.float32, s.hidden),
-            "qkv": self.packed(s.qkv_width, s.hidden),
-            "o": self.packed(s.hidden, s.n_heads * s.head_dim),
-            "post_norm": self.array(np.float32, s.hidden),
-            "router": self.packed(s.n_experts, s.hidden) if s.n_experts > 1 else None,
-            "cosines": self.array(np.float32, n_positions, half),
-            "sines": self.array(np.float32, n_positions, half),
-        }
+        n_positions, half = self.end + self.randint(0, 2), s.rotary_dim // 2
+        arguments: dict[str, Any] = {"shape": shape, "router": None}
+        optional = {"shared_weight", "o_bias", "sinks", "qkv_bias", "router_bias", "choice_bias"}
+        for name, (n_out, n_in) in s.matrices.items():
+            if name != "router" or s.n_experts > 1:
+                arguments[name] = self.packed(n_out, n_in, s.precision)
+        for name, n in s.vectors.items():
+            arguments[name] = self.array(np.float32, n)
+        absent = {name for name in sorted(optional) if self.random() < 0.5}
+        absent |= {"q_norm", "k_norm"} if self.random() < 0.5 else set()
+        arguments = {name: value for name, value in arguments.items() if name not in absent}
+        arguments |= {name: self.array(np.float32, n_positions, half) for name in ("cosines", "sines")}
         return Call(cpu.LayerWeights, arguments)
 
-    def pages(self, shape: dict[str, Any], *layers: int) -> dict[str, np.ndarray]:
-        heads, dim = shape["n_kv_heads"], shape["head_dim"]
-        return {
-            "k_pages": self.array(np.uint16, *layers, self.n_pages, heads, dim // 2, PAGE, 2),
-            "v_pages": self.array(np.uint16, *layers, self.n_pages, heads, PAGE // 2, dim, 2),
+    def kv_shape(self) -> Call:
+        kv_heads = self.randint(1, 2)
+        sizes = {
+            "n_heads": kv_heads * self.randint(1, 3),
+            "n_kv_heads": kv_heads,
+            "format": self.choice(cpu.KV_FORMATS),
         }
+        dims = self.choices(((16, 16), (64, 64), (80, 80), (48, 32), (192, 128), (576, 512)), (60, 10, 10, 10, 5, 1))[0]
+        sizes |= {"key_dim": dims[0], "value_dim": dims[1]}
+        return Call(cpu.KVShape, sizes | ({"window": self.choice((1, 3, PAGE))} if self.random() < 0.3 else {}))
+
+    def pages(self, shape: cpu.KVShape, *layers: int) -> dict[str, np.ndarray]:
+        n = math.prod((*layers, self.n_pages, shape.page_bytes // 4))
+        noise = np.resize(self.array(np.float32, min(n, 1 << 16)), n)
+        return {"pages": noise.view(np.uint8).reshape(*layers, self.n_pages, shape.page_bytes)}
 
 
 _kernels = functools.cache(Kernels)
@@ -224,27 +265,46 @@ def head_argmax(d: Draw) -> Call:
 
 
 def verify_attention(d: Draw) -> Call:
-    shape, batch = d.shape(1), d.batch()
-    s = shape.arguments
-    width = (int(batch.arguments["row_start"][-1]), s["n_heads"] * s["head_dim"])
-    arrays = {**d.pages(s), "query": d.array(np.uint16, *width), "out": d.array(np.uint16, *width)}
+    shape, batch = d.kv_shape(), d.batch(trees=True)
+    s, m = shape.run(), int(batch.arguments["row_start"][-1])
+    arrays = {
+        **d.pages(s),
+        "query": d.array(s.query_dtype, m, s.n_heads * s.key_dim),
+        "out": d.array(d.choice((np.uint16, np.float32)), m, s.n_heads * s.value_dim),
+        "sinks": d.array(np.float32, s.n_heads) if d.random() < 0.5 else None,
+        "log_sums": d.array(np.float32, m, s.n_heads) if d.random() < 0.5 else None,
+    }
     return Call(d.kernels().verify_attention, {"shape": shape, "batch": batch, **arrays})
+
+
+def append_kv(d: Draw) -> Call:
+    shape, batch = d.kv_shape(), d.batch(trees=True)
+    s, m = shape.run(), int(batch.arguments["row_start"][-1])
+    arrays = {
+        **d.pages(s),
+        "keys": d.array(np.float32, m, s.n_kv_heads * s.key_dim),
+        "values": d.array(np.float32, m, s.n_kv_heads * s.value_dim),
+    }
+    return Call(d.kernels().append_kv, {"shape": shape, "batch": batch, **arrays})
 
 
 def _rows_of(d: Draw, shape: dict[str, Any], batch: Call) -> dict[str, np.ndarray]:
     m = int(batch.arguments["row_start"][-1])
     return {
         "x": d.array(np.float32, m, shape["hidden"]),
-        "normed": d.array(np.uint16, m, shape["hidden"]),
+        "normed": d.array(cpu.ACTIVATION[shape.get("precision", "bf16")], m, shape["hidden"]),
         "expert_index": d.array(np.int32, m, shape["n_active"]),
         "expert_weight": d.array(np.float32, m, shape["n_active"]),
     }
 
 
 def attention_block(d: Draw) -> Call:
-    shape, batch = d.shape(d.choice((1, 4, 65))), d.batch()
-    arrays = {**d.pages(shape.arguments), **_rows_of(d, shape.arguments, batch)}
-    return Call(d.kernels().attention_block, {"layer": d.layer(shape), "batch": batch, **arrays})
+    shape, batch = d.any_shape(d.choice((1, 4, 65))), d.batch()
+    arrays = {**d.pages(shape.run().kv), **_rows_of(d, shape.arguments, batch)}
+    return Call(
+        d.kernels(shape.arguments.get("precision", "bf16")).attention_block,
+        {"layer": d.layer(shape), "batch": batch, **arrays},
+    )
 
 
 def dense_pass(d: Draw) -> Call:
@@ -254,7 +314,7 @@ def dense_pass(d: Draw) -> Call:
         "layers": [d.layer(shape) for _ in range(n)],
         "experts": [d.expert(s["hidden"], s["intermediate"]) for _ in range(n)],
     }
-    arrays = {**d.pages(s, n), **_rows_of(d, s, batch)}
+    arrays = {**d.pages(shape.run().kv, n), **_rows_of(d, s, batch)}
     arrays["expert_out"] = np.empty_like(arrays["x"])
     return Call(d.kernels().dense_pass, {"stack": Call(cpu.DenseStack, weights), "batch": batch, **arrays})
 
@@ -268,7 +328,7 @@ class Kernel:
     free: tuple[str, ...] = ()
 
 
-_BLOCK = ("x", "k_pages", "v_pages", "normed", "expert_index", "expert_weight")
+_BLOCK = ("x", "pages", "normed", "expert_index", "expert_weight")
 KERNELS = {
     "Kernels": Kernel(kernels, free=("n_threads",)),
     "scratch_bytes": Kernel(
@@ -292,7 +352,8 @@ KERNELS = {
     "experts": Kernel(experts, ("out",), free=("normed", "out", "row_slots")),
     "combine": Kernel(combine, ("x",)),
     "head_argmax": Kernel(head_argmax, ("out", "logits"), free=("vocab", "logits")),
-    "verify_attention": Kernel(verify_attention, ("out",), free=("hidden", "intermediate", "n_experts", "n_active")),
+    "append_kv": Kernel(append_kv, ("pages",), free=("n_heads",)),
+    "verify_attention": Kernel(verify_attention, ("out", "log_sums")),
     "attention_block": Kernel(attention_block, _BLOCK, free=("intermediate",)),
     "dense_pass": Kernel(dense_pass, (*_BLOCK, "expert_out")),
 }
@@ -385,6 +446,12 @@ def _few_positions(d: Draw, a: np.ndarray, siblings: dict[str, Any]) -> Any:
     return a[: d.end - 1].copy()
 
 
+def _blind(d: Draw, a: np.ndarray, siblings: dict[str, Any]) -> Any:
+    row = d.randrange(len(a))
+    own = row - siblings["row_start"][np.searchsorted(siblings["row_start"], row, "right") - 1]
+    return _with(a, row, int(a[row]) & ~(1 << int(own)))
+
+
 Mutation = Callable[[Draw, Any, dict[str, Any]], Any]
 NOTHING: dict[str, Mutation] = {"nothing": lambda d, v, s: None, "another object": lambda d, v, s: object()}
 # Where sizes contradict each other, the message may name either argument.
@@ -423,6 +490,7 @@ REALS: dict[str, Mutation] = {
     "not finite": lambda d, x, s: d.choice((np.nan, np.inf, -np.inf)),
     "negative": lambda d, x, s: -1e-5,
 }
+TEXTS: dict[str, Mutation] = {**NOTHING, "other text": lambda d, v, s: v + "0", "a number": lambda d, v, s: 1}
 LISTS: dict[str, Mutation] = {**NOTHING, "one fewer": lambda d, v, s: v[:-1]}
 # Mutations of one argument, whatever the kernel.
 OF_ARGUMENT: dict[str, dict[str, Mutation]] = {
@@ -447,13 +515,19 @@ OF_ARGUMENT: dict[str, dict[str, Mutation]] = {
         "a slot twice": _slot_twice,
     },
     "cosines": {"too few positions": _few_positions},
+    "pages": {"other page size": lambda d, a, s: a[..., :-4].copy()},
+    "tree": {"blind to itself": _blind},
 }
-COPIED = {"row_start", "first_position", "page_table"}  # any layout is welcome
+OPTIONAL = {"logits", "sinks", "log_sums", "tree", "kv_format"}
+OPTIONAL |= {"q_norm", "k_norm", "shared_weight", "o_bias", "qkv_bias", "router_bias", "choice_bias"}
+OPTIONAL_SIZES = {"v_head_dim", "rotary_dim", "q_latent", "kv_latent", "shared_intermediate", "window"}
+OPTIONAL_SIZES |= {"n_groups", "n_active_groups", "group_best"}
+COPIED = {"row_start", "first_position", "page_table", "tree"}  # any layout is welcome
 
 
 def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[str, Mutation]:
     """All that make the set invalid by changing this value."""
-    if value is None:
+    if value is None or isinstance(value, bool) or name == "clip_qkv":
         return {}
     if isinstance(value, np.ndarray):
         found = ARRAYS | ({} if name in COPIED else LAYOUTS) | OF_ARGUMENT.get(name, {})
@@ -463,12 +537,16 @@ def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[s
     elif isinstance(value, Call):
         found = NOTHING
     else:
-        found = SIZES if isinstance(value, int) else REALS
+        found = TEXTS if isinstance(value, str) else SIZES if isinstance(value, int) else REALS
+    if name in OPTIONAL_SIZES:
+        found = {mutation: SIZES[mutation] for mutation in ("a fraction", "beyond int32", "another object")}
     free = {"other size"} if name in kernel.free else set()
     if isinstance(value, np.ndarray) and (name in kernel.free or name == "page_table"):
         free = {"resized", "emptied"}
-    if name == "logits":
-        free = {"nothing"}
+    if name in OPTIONAL:
+        free |= {"nothing"}
+    if name == "pages":
+        free |= {"resized"}
     return {mutation: change for mutation, change in found.items() if mutation not in free}
 
 

@@ -28,21 +28,55 @@ SHAPE: dict[str, Any] = {
 }
 
 
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+# transformers' names, and what a tiny model of the kind has besides SHAPE.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", MOE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96}),
+    "qwen3_moe": ("Qwen3Moe", MOE | {"moe_intermediate_size": 48, "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", MOE | {"clip_qkv": 0.5, "head_dim": 16}),
+    "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "n_shared_experts": 2}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT
+        | {"q_lora_rank": 48, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 24, "head_dim": 32}),
+}
+
+
 @pytest.fixture(scope="session")
 def _saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
     def save(kind: str, dtype: str = "bfloat16", max_shard_size: str = "5GB", **changes: Any) -> Path:
+        name, fields = KINDS[kind]
         torch.manual_seed(0)
-        if kind == "mixtral":
-            config = MixtralConfig(**SHAPE | {"num_local_experts": 5, "num_experts_per_tok": 2} | changes)
-            model = MixtralForCausalLM(config)
-        else:
-            model = LlamaForCausalLM(LlamaConfig(**SHAPE | changes))
+        model = getattr(transformers, f"{name}ForCausalLM")(
+            getattr(transformers, f"{name}Config")(**SHAPE | fields | changes)
+        )
+        for parameter_name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if parameter_name.endswith(("bias", "norm.weight")):  # or they would be zeros and ones
+                torch.nn.init.normal_(parameter, float(parameter_name.endswith("weight")), 0.2)
         folder = tmp_path_factory.mktemp(kind) / f"tiny-{kind}"
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
         return folder

@@ -119,20 +119,23 @@ def test_a_cached_fingerprint_is_taken_while_nothing_changed(llama: Path, monkey
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, r"Qwen3MoeForCausalLM .*MixtralForCausalLM or LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel .*MixtralForCausalLM or LlamaForCausalLM or Qwen2"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, r"rope_scaling of type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"rope_scaling of type 'llama3'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, r"rope_scaling of type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling\.factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor and original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": {}}}, r"rope_scaling\.factor"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, r"rope_scaling of type 'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"sliding_window": 128}, "sliding_window 128"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, r"q_proj\.bias is missing"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 40}, "head_dim 40 is not a multiple of 16"),
-        ({"head_dim": 512}, "head_dim 512 exceeds"),
+        ({"head_dim": 592}, "head_dim 592 exceeds"),
         ({"rms_norm_eps": "small"}, "rms_eps"),
         ({"rope_parameters": 3}, "wrong type"),
         ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": 3}, "wrong type"),
@@ -164,6 +167,44 @@ def test_a_config_that_cannot_be_run_gets_a_sentence(
     with pytest.raises(BadInput, match=sentence) as failure:
         read_model_spec(llama)
     assert str(llama) in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\] is not supported"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window 64"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 80}, "no multiple of moe_intermediate_size"),
+        ("qwen2_moe", {"num_experts_per_tok": None}, "num_experts_per_tok is None"),
+        ("deepseek_v2", {"topk_method": "best"}, "topk_method 'best'"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group is None"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
+        ("deepseek_v3", {"first_k_dense_replace": 3}, "leaves no layer with experts"),
+        ("deepseek_v3", {"kv_lora_rank": 40}, "kv_lora_rank 40 is not a multiple of 16"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ],
+)
+def test_what_a_mixture_of_experts_asks_for_and_is_not_computed_gets_a_sentence(
+    save_model: SaveModel, edit_config: EditConfig, kind: str, changes: dict[str, Any], sentence: str
+) -> None:
+    folder = save_model(kind)
+    edit_config(folder, **changes)
+    with pytest.raises(BadInput, match=sentence):
+        read_model_spec(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+)
+def test_parameters_are_counted_as_transformers_counts_them(save_model: SaveModel, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(kind)
+    theirs = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert read_model_spec(folder).n_params == theirs
 
 
 def test_more_active_experts_than_experts_are_refused(mixtral: Path, edit_config: EditConfig) -> None:

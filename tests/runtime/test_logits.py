@@ -1,35 +1,43 @@
-"""The engine's arithmetic against transformers' Mixtral and Llama, and the demo against its dense original."""
+"""The engine's arithmetic against transformers', and the demo against its dense original."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.kernels.cpu import Kernels
+from specmoeoff.kernels.cpu import Kernels, supported_isas
 from specmoeoff.runtime.checkpoint import read_model_spec
+from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, make_rows
 from specmoeoff.runtime.pack import PackedModel, pack_model
+from specmoeoff.runtime.sequence import Request
+from specmoeoff.specs.model import Precision
+from specmoeoff.specs.plan import PlanDecode, PlanExperts, PlanThreads
 
 
-def engine_logits(packed: PackedModel, tokens: np.ndarray) -> np.ndarray:
-    """Logits after every token, (n, vocab), by the pieces the engine runs."""
+def engine_logits(
+    packed: PackedModel, tokens: np.ndarray, cuts: Sequence[int] = (), isa: str | None = None
+) -> np.ndarray:
+    """Logits after every token, (n, vocab), by the pieces the engine runs, in chunks that end at `cuts`."""
     n, spec = len(tokens), packed.spec
     pages = PageTable(1, n)
     pages.reserve(0, n)
-    model = Model(packed, Kernels(2), pages.n_pages, n, n)
+    model = Model(packed, Kernels(2, isa, spec.precision), pages.n_pages, n, n)
     experts = packed.load_experts()
-    rows = make_rows(0, [n], [0], pages.table)
-    model.begin(tokens)
-    for layer in range(spec.n_layers):
-        model.attention(layer, rows)
-        slots = model.routing(n)
-        model.experts(n, [experts[layer * spec.n_experts + e] for e in slots], list(slots.values()))
-        model.combine(n)
     logits = np.empty((n, spec.vocab), np.float32)
-    model.choose(np.arange(n), logits)
+    for first, last in zip([0, *cuts], [*cuts, n], strict=True):
+        count = last - first
+        model.begin(tokens[first:last])
+        for layer in range(spec.n_layers):
+            model.attention(layer, make_rows(0, [count], [first], pages.table))
+            if layer >= spec.n_dense_layers:
+                slots, first_expert = model.routing(count), packed.expert_number(layer, 0)
+                model.experts(count, [experts[first_expert + e] for e in slots], list(slots.values()))
+                model.combine(count)
+        model.choose(np.arange(count), logits[first:last])
     return logits
 
 
@@ -42,6 +50,24 @@ def transformers_logits(folder: Path, tokens: np.ndarray, dtype: str) -> np.ndar
         return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].float().numpy()
 
 
+def engine_continuations(packed: PackedModel, prompts: Sequence[np.ndarray], n_tokens: int) -> list[list[int]]:
+    """n_tokens after every prompt, greedy, by the whole engine with all experts in memory."""
+    spec = packed.spec
+    context = max(map(len, prompts)) + n_tokens
+    decode = PlanDecode(
+        drafter="ngram", draft_length=3, batch=16, micro_batches=2, context_tokens=context, prefill_chunk_tokens=96
+    )
+    resident = tuple(tuple(range(spec.n_experts_of(layer))) for layer in range(spec.n_layers))
+    experts = PlanExperts(resident=resident, prefetch=((),) * spec.n_layers, stream_slots=0)
+    threads = PlanThreads(compute=2, disk_readers=2, disk_chunk_bytes=1 << 20)
+    with Engine(packed, None, decode, experts, threads) as engine:
+        engine.submit(Request(str(i), tuple(map(int, prompt)), n_tokens) for i, prompt in enumerate(prompts))
+        for _ in engine.run():
+            pass
+        found = {int(s.request.request_id): s.output for s in engine.finished}
+    return [found[i] for i in range(len(prompts))]
+
+
 CASES = [
     ("mixtral", {}),
     (
@@ -52,6 +78,90 @@ CASES = [
     ("llama", {"num_hidden_layers": 2}),
     ("llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "num_key_value_heads": 4}),
 ]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+FP32_CASES = [
+    *CASES,
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    ("llama", {"attention_bias": True}),
+    ("qwen2", {"rope_parameters": YARN}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "num_attention_heads": 8, "num_experts": 70, "num_experts_per_tok": 8}),
+    ("olmoe", {}),
+    ("olmoe", {"norm_topk_prob": True, "clip_qkv": None}),
+    ("deepseek_v2", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
+    (
+        "deepseek_v2",
+        {"q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "v_head_dim": 48},
+    ),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "norm_topk_prob": False}),
+    ("gpt_oss", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), FP32_CASES)
+def test_logits_in_fp32_are_those_of_transformers(
+    save_model: Callable[..., Path], kind: str, changes: dict[str, object]
+) -> None:
+    folder = save_model(kind, "float32", **{"initializer_range": 0.15} | changes)
+    packed = pack_model(folder, precision="fp32")
+    tokens = np.random.default_rng(5).integers(0, packed.spec.vocab, 90).astype(np.int32)
+    exact = transformers_logits(folder, tokens, "float32")
+    assert np.abs(engine_logits(packed, tokens) - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("kind", "changes"), [case for case in FP32_CASES[5:] if "rope_parameters" not in case[1]])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_token_has_the_same_logits_in_any_chunk(
+    save_model: Callable[..., Path], kind: str, changes: dict[str, object], precision: Precision
+) -> None:
+    packed = pack_model(save_model(kind, **{"initializer_range": 0.15} | changes), precision=precision)
+    tokens = np.random.default_rng(6).integers(0, packed.spec.vocab, 90).astype(np.int32)
+    for isa in supported_isas():
+        whole = engine_logits(packed, tokens, isa=isa)
+        assert np.array_equal(engine_logits(packed, tokens, cuts=(1, 2, 9, 64, 65, 80), isa=isa), whole)
+
+
+GREEDY = ["mixtral", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+
+
+@pytest.mark.parametrize("kind", GREEDY)
+def test_greedy_generations_of_100_prompts_in_fp32_are_those_of_transformers(
+    save_model: Callable[..., Path], kind: str
+) -> None:
+    """Ours sixteen at a time with n-gram drafts, theirs all prompts of one length together."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(kind, "float32", initializer_range=0.15)
+    packed, rng = pack_model(folder, precision="fp32"), np.random.default_rng(7)
+    prompts = [rng.integers(3, 96, (20, length)) for length in (1, 9, 23, 38, 64)]
+    ours = engine_continuations(packed, [prompt for same in prompts for prompt in same], 12)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    for i, same in enumerate(prompts):
+        theirs = model.generate(torch.from_numpy(same), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert ours[20 * i : 20 * i + 20] == theirs[:, same.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+def test_the_real_dense_model_continues_20_prompts_as_transformers_does() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from specmoeoff.demo.builder import build_demo, demo_prompts, find_gguf
+
+    try:
+        find_gguf()
+    except MissingCapability as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)

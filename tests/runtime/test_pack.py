@@ -13,7 +13,8 @@ import pytest
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.runtime import build_folder, pack
-from specmoeoff.runtime.checkpoint import Checkpoint, expert_tensor_names, from_bf16, to_bf16
+from specmoeoff.runtime.architectures import expert_tensor_names
+from specmoeoff.runtime.checkpoint import Checkpoint, from_bf16, to_bf16
 
 
 def packed_folders() -> list[Path]:

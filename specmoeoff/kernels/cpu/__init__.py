@@ -1,28 +1,32 @@
 """The C kernels behind NumPy arrays. The only file that touches ctypes and pointers; every array is checked before C sees it.
 
-bf16 is carried as uint16. Exactness: a row's bits depend only on its own token history, not on the number of rows,
-neighbours, page table, chunking or threads (see kernels.h).
+bf16 is carried as uint16; where a model's precision is fp32, activations and packed weights are fp32. Exactness: a row's bits
+depend only on its own token history, not on the number of rows, neighbours, page table, chunking or threads (see kernels.h).
 """
 
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
+from specmoeoff.specs.model import Precision
 
 PAGE_TOKENS = 128
 LANES = 16
 MAX_HEAD_DIM = 576  # DeepSeek's latent keys
 MAX_TREE_TOKENS = 64
-KV_FORMATS = ("bf16", "fp16", "fp32", "int8")  # as attention.h numbers them
+MAX_EXPERTS = 1024
+KV_FORMATS = ("bf16", "fp16", "fp32", "int8")  # as kernels.h numbers them
 MAX_SIZE = 1 << 30  # of any dimension: C's 32-bit indices and 64-bit byte counts cannot overflow
 MAX_THREADS = 1024  # libgomp ends the process where it cannot start one
 HUGE_PAGE = 1 << 21
@@ -30,13 +34,18 @@ ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
 LIBRARY_VARIABLE = "SPECMOEOFF_CPU_LIBRARY"  # another build of the C library, such as the one with sanitizers
 
 
+ACTIVATION: dict[Precision, type] = {"bf16": np.uint16, "fp32": np.float32}
+HALVES: dict[Precision, int] = {"bf16": 1, "fp32": 2}  # an element's, of 16 bits
+
+_SIZES = ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")
+_OTHER_SIZES = ("v_head_dim", "rotary_dim", "q_latent", "kv_latent", "shared_intermediate", "window", "kv_format")
+_ROUTING = ("norm_heads", "sigmoid_router", "renormalise", "n_groups", "n_active_groups", "group_best")
+
+
 class _Shape(Structure):
     _fields_ = [
-        *(
-            (name, c_int32)
-            for name in ("hidden", "n_heads", "n_kv_heads", "head_dim", "intermediate", "n_experts", "n_active")
-        ),
-        ("rms_eps", c_float),
+        *((name, c_int32) for name in (*_SIZES, *_OTHER_SIZES, *_ROUTING)),
+        *((name, c_float) for name in ("rms_eps", "attention_scale", "routed_scale", "clip_qkv")),
     ]
 
 
@@ -53,14 +62,33 @@ class _Attention(Structure):
     ]
 
 
+_ALWAYS = ("input_norm", "qkv", "o", "post_norm", "router", "cosines", "sines")
+_VECTORS = ("qkv_bias", "o_bias", "router_bias", "choice_bias", "q_norm", "k_norm", "sinks")
+_LATENT_NORMS = ("q_latent_norm", "kv_latent_norm")
+_MATRICES = ("q_up", "kv_up", "shared_gate_up", "shared_down", "shared_weight")
+
+
 class _Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in ("input_norm", "qkv", "o", "post_norm", "router", "cosines", "sines")]
+    _fields_ = [(name, c_void_p) for name in (*_ALWAYS, *_VECTORS, *_LATENT_NORMS, *_MATRICES)]
 
 
 class _Batch(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("n_requests", "n_rows", "max_pages")),
         *((name, c_void_p) for name in ("row_start", "first_position", "page_table")),
+    ]
+
+
+class _Swiglu(Structure):
+    _fields_ = [(name, c_float) for name in ("alpha", "limit", "shift")]
+
+
+class _Experts(Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("hidden", "intermediate", "n_active", "format", "n_experts")),
+        *((name, c_void_p) for name in ("weights", "biases")),
+        ("swiglu", POINTER(_Swiglu)),
+        *((name, c_void_p) for name in ("slots", "start")),
     ]
 
 
@@ -72,18 +100,18 @@ _SIGNATURES = {
     "smo_set_cpus": (None, [POINTER(c_int32), c_int]),
     "smo_packed_linear_bytes": (c_size_t, [c_int, c_int]),
     "smo_pack_linear": (None, [c_void_p, c_int, c_int, c_void_p]),
-    "smo_packed_expert_bytes": (c_size_t, [c_int, c_int]),
-    "smo_pack_expert": (None, [c_void_p] * 3 + [c_int, c_int, c_void_p]),
     "smo_linear": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
     "smo_rmsnorm": (None, [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p]),
     "smo_kv_page_bytes": (c_size_t, [POINTER(_KVShape)]),
     "smo_partial_bytes": (c_size_t, [POINTER(_KVShape), c_int, c_int]),
     "smo_append_kv": (None, [c_int, c_int, POINTER(_Attention), c_void_p, c_void_p]),
     "smo_verify_attention": (None, [c_int, c_int, POINTER(_Attention)] + [c_void_p] * 3),
-    "smo_attention_scratch_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int]),
+    "smo_attention_scratch_bytes": (c_size_t, [POINTER(_Shape), c_int, c_int, c_int]),
     "smo_attention_block": (None, [c_int, c_int, POINTER(_Shape), POINTER(_Layer), POINTER(_Batch)] + [c_void_p] * 6),
-    "smo_experts_scratch_bytes": (c_size_t, [c_int, c_int]),
-    "smo_experts": (None, [c_int] * 5 + [c_void_p, c_int] + [c_void_p] * 5),
+    "smo_packed_expert_bytes": (c_size_t, [c_int] * 4),
+    "smo_pack_expert": (None, [c_int] + [c_void_p] * 3 + [c_int] * 3 + [c_void_p, POINTER(c_double)]),
+    "smo_experts_scratch_bytes": (c_size_t, [c_int] * 5),
+    "smo_experts": (None, [c_int, c_int, POINTER(_Experts)] + [c_void_p] * 3),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
     "smo_dense_pass": (
         None,
@@ -92,7 +120,7 @@ _SIGNATURES = {
         + [c_size_t]
         + [c_void_p] * 5,
     ),
-    "smo_head_scratch_bytes": (c_size_t, [c_int, c_int, c_int]),
+    "smo_head_scratch_bytes": (c_size_t, [c_int, c_int, c_int, c_int]),
     "smo_head_argmax": (
         None,
         [c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_float, c_void_p, c_int, c_void_p, c_void_p, c_void_p],
@@ -226,12 +254,22 @@ def _matrix(array: np.ndarray, dtype: type, name: str, unit: int = 1, write: boo
     return address, rows, _size(f"{name}: the row length", columns, unit)
 
 
-def _packed(array: np.ndarray, n_bytes: int, name: str, write: bool = False) -> int:
-    """Address of packed bf16."""
+def _packed(array: np.ndarray, n_bytes: int, name: str, precision: Precision = "bf16", write: bool = False) -> int:
+    """Address of packed weights."""
     address = _pointer(array, np.uint8, (n_bytes,), name, write)
-    if address % 2:
-        raise ValueError(f"{name}: must be aligned to 2 bytes")
+    if address % (2 * HALVES[precision]):
+        raise ValueError(f"{name}: must be aligned to {2 * HALVES[precision]} bytes")
     return address
+
+
+def _precision(name: str, value: str) -> Precision:
+    if value not in HALVES:
+        raise ValueError(f"{name} must be bf16 or fp32, not {value!r}")
+    return value
+
+
+def _precision_of(array: np.ndarray) -> Precision:
+    return "fp32" if getattr(array, "dtype", None) == np.float32 else "bf16"
 
 
 def _apart(written: Sequence[tuple[str, np.ndarray]], *read: tuple[str, np.ndarray]) -> None:
@@ -242,34 +280,94 @@ def _apart(written: Sequence[tuple[str, np.ndarray]], *read: tuple[str, np.ndarr
                 raise ValueError(f"{name}: must not share memory with {other}")
 
 
-def packed_linear_bytes(n_out: int, n_in: int) -> int:
+def packed_linear_bytes(n_out: int, n_in: int, precision: Precision = "bf16") -> int:
     """Bytes of a packed (n_out, n_in) matrix: 64-row strips, zero-padded."""
-    return int(_library().smo_packed_linear_bytes(_size("n_out", n_out), _size("n_in", n_in, 2)))
+    n_bytes = _library().smo_packed_linear_bytes(_size("n_out", n_out), _size("n_in", n_in, 2))
+    return int(n_bytes) * HALVES[_precision("precision", precision)]
 
 
 def pack_linear(weight: np.ndarray, out: np.ndarray) -> None:
-    """weight (n_out, n_in) bf16 -> out (packed_linear_bytes,) uint8."""
-    source, n_out, n_in = _matrix(weight, np.uint16, "weight", 2)
+    """weight (n_out, n_in) bf16 or fp32 -> out (packed_linear_bytes,) uint8."""
+    precision = _precision_of(weight)
+    source, n_out, n_in = _matrix(weight, ACTIVATION[precision], "weight", 2)
     _size("weight: the number of rows", n_out)
-    target = _packed(out, packed_linear_bytes(n_out, n_in), "out", write=True)
+    target = _packed(out, packed_linear_bytes(n_out, n_in, precision), "out", precision, write=True)
     _apart([("out", out)], ("weight", weight))
-    _library().smo_pack_linear(source, n_out, n_in, target)
+    _library().smo_pack_linear(source, n_out, n_in * HALVES[precision], target)
 
 
-def packed_expert_bytes(hidden: int, intermediate: int) -> int:
+ExpertFormat = Literal["fp32", "bf16", "int8", "int4", "mxfp4"]
+_FORMATS: dict[ExpertFormat, tuple[int, int]] = {  # C's number, and an element's halves before packing
+    "fp32": (0, 2),
+    "bf16": (0, 1),
+    "int8": (1, 1),
+    "int4": (2, 1),
+    "mxfp4": (3, 1),
+}
+
+
+def _format(format: str) -> tuple[int, int]:
+    if not isinstance(format, str):
+        raise TypeError(f"format: str expected, not {type(format).__name__}")
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, not {format!r}")
+    return _FORMATS[format]
+
+
+def packed_expert_bytes(hidden: int, intermediate: int, format: ExpertFormat = "bf16") -> int:
     """Bytes of a packed expert: gate, up and down."""
-    return int(_library().smo_packed_expert_bytes(_size("hidden", hidden, 2), _size("intermediate", intermediate, 2)))
+    sizes = _size("hidden", hidden, 2), _size("intermediate", intermediate, 2)
+    return int(_library().smo_packed_expert_bytes(*sizes, *_format(format)))
 
 
-def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray) -> None:
-    """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 -> out (packed_expert_bytes,) uint8."""
-    gates, intermediate, hidden = _matrix(gate, np.uint16, "gate", 2)
+def pack_expert(
+    gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, format: ExpertFormat | None = None
+) -> float:
+    """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 or fp32 -> out (packed_expert_bytes,) uint8.
+
+    `format`: None, that of the weights, or, of bf16 weights, with one bf16 scale to so many inputs of a column: int8 (64),
+    int4 (64), mxfp4 (32, a power of two; OCP Microscaling 1.0, exact where the weights were MXFP4 before).
+    Returns the quantisation error: root of the sum of its squares over that of the weights.
+    """
+    number, halves = _format(_precision_of(gate) if format is None else format)
+    dtype = np.float32 if halves == 2 else np.uint16
+    gates, intermediate, hidden = _matrix(gate, dtype, "gate", 2)
     _size("gate: the number of rows", intermediate, 2)
-    ups = _pointer(up, np.uint16, (intermediate, hidden), "up")
-    downs = _pointer(down, np.uint16, (hidden, intermediate), "down")
-    target = _packed(out, packed_expert_bytes(hidden, intermediate), "out", write=True)
+    ups = _pointer(up, dtype, (intermediate, hidden), "up")
+    downs = _pointer(down, dtype, (hidden, intermediate), "down")
+    n_bytes = int(_library().smo_packed_expert_bytes(hidden, intermediate, number, halves))
+    target = _packed(out, n_bytes, "out", "fp32" if halves == 2 else "bf16", write=True)
     _apart([("out", out)], ("gate", gate), ("up", up), ("down", down))
-    _library().smo_pack_expert(gates, ups, downs, hidden, intermediate, target)
+    squares = (c_double * 2)()
+    _library().smo_pack_expert(number, gates, ups, downs, hidden, intermediate, halves, target, squares)
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """gate * sigmoid(alpha * gate) * (up + shift), gate at most `limit`, up within it on both sides; gpt-oss: 1.702, 7, 1."""
+
+    alpha: float = 1.0
+    limit: float = math.inf
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "limit", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.floating)):
+                raise TypeError(f"{name}: number expected, not {type(value).__name__}")
+            if not 0 <= value <= (math.inf if name == "limit" else 1e6):
+                raise ValueError(
+                    f"{name} must be at least 0{'' if name == 'limit' else ' and at most 1e6'}, not {value}"
+                )
+
+    @functools.cached_property
+    def c_struct(self) -> _Swiglu:
+        """For C."""
+        return _Swiglu(self.alpha, self.limit, self.shift)
+
+
+SILU = Swiglu()
 
 
 @dataclass(frozen=True)
@@ -318,7 +416,12 @@ class KVShape:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a layer. hidden and head_dim are multiples of 16, head_dim at most MAX_HEAD_DIM."""
+    """Sizes of a layer. hidden and the head dimensions are multiples of 16, those at most MAX_HEAD_DIM.
+
+    0 stands for: v_head_dim, rotary_dim: as head_dim; attention_scale: 1 / sqrt(head_dim); the others: without it. A latent
+    layer (kv_latent; DeepSeek-V2, section 2.1) has its heads' rotary numbers first. shared_intermediate is the width of the
+    feed-forward that every row takes. kv_format: of KV_FORMATS; None: the precision.
+    """
 
     hidden: int
     n_heads: int
@@ -328,38 +431,114 @@ class LayerShape:
     n_experts: int
     n_active: int
     rms_eps: float
+    v_head_dim: int = 0
+    rotary_dim: int = 0
+    q_latent: int = 0
+    kv_latent: int = 0
+    shared_intermediate: int = 0
+    window: int = 0
+    norm_heads: bool = True
+    sigmoid_router: bool = False
+    renormalise: bool = True
+    n_groups: int = 0
+    n_active_groups: int = 0
+    group_best: int = 0
+    attention_scale: float = 0.0
+    routed_scale: float = 1.0
+    clip_qkv: float = 0.0
+    precision: Precision = "bf16"
+    kv_format: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "n_kv_heads", "intermediate", "n_experts", "n_active"):
             _size(name, getattr(self, name))
         _size("hidden", self.hidden, 16)
         _size("head_dim", self.head_dim, 16, MAX_HEAD_DIM)
+        for name in ("v_head_dim", "rotary_dim", "attention_scale"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, self.head_dim**-0.5 if name == "attention_scale" else self.head_dim)
+        _size("v_head_dim", self.v_head_dim, 16, MAX_HEAD_DIM)
+        _size("rotary_dim", self.rotary_dim, 2, self.head_dim)
+        for name, unit in (("q_latent", 16), ("kv_latent", 16), ("shared_intermediate", 16), ("window", 1)):
+            if getattr(self, name) != 0:
+                _size(name, getattr(self, name), unit)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if self.kv_latent and self.n_heads != self.n_kv_heads:
+            raise ValueError("n_kv_heads: must be n_heads where keys and values have a latent")
         _size("n_heads: the width of queries, keys and values", self.qkv_width)
         if self.n_active > self.n_experts:
             raise ValueError(f"n_active must be 1 to {self.n_experts}, not {self.n_active}")
+        _size("n_experts", self.n_experts, most=MAX_EXPERTS)
+        self._check_groups()
         _epsilon("rms_eps", self.rms_eps)
+        _precision("precision", self.precision)
+        if self.kv_format is not None and self.kv_format not in KV_FORMATS:
+            raise ValueError(f"kv_format must be one of {', '.join(KV_FORMATS)}, not {self.kv_format!r}")
+
+    def _check_groups(self) -> None:
+        if not self.n_groups:
+            return
+        size = self.n_experts // _size("n_groups", self.n_groups, most=self.n_experts)
+        _size("n_active_groups", self.n_active_groups, most=self.n_groups)
+        _size("group_best", self.group_best, most=size)
+        if self.n_experts % self.n_groups or self.n_active > self.n_active_groups * size:
+            raise ValueError("n_groups: must divide n_experts, and the active ones hold n_active")
 
     @functools.cached_property
     def c_struct(self) -> _Shape:
         """For C."""
-        return _Shape(*(getattr(self, name) for name, _ in _Shape._fields_))
+        names = (name for name, *_ in _Shape._fields_ if name != "kv_format")
+        return _Shape(**{name: getattr(self, name) for name in names}, kv_format=KV_FORMATS.index(self.kv.format))
 
     @functools.cached_property
     def kv(self) -> KVShape:
         """Its attention's."""
-        return KVShape(self.n_heads, self.n_kv_heads, self.head_dim, self.head_dim)
+        dims = self.head_dim, self.v_head_dim
+        return KVShape(self.n_heads, self.n_kv_heads, *dims, self.kv_format or self.precision, self.window)
 
     @property
     def qkv_width(self) -> int:
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        return (self.n_heads + self.n_kv_heads) * self.head_dim + self.n_kv_heads * self.v_head_dim
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(n_out, n_in) of every packed matrix that a layer of these sizes may have."""
+        latent = self.q_latent + self.kv_latent + self.rotary_dim
+        matrices = {
+            "qkv": (latent if self.kv_latent else self.qkv_width, self.hidden),
+            "o": (self.hidden, self.n_heads * self.v_head_dim),
+            "router": (self.n_experts, self.hidden),
+        }
+        if self.shared_intermediate:
+            matrices["shared_gate_up"] = (2 * self.shared_intermediate, self.hidden)
+            matrices["shared_down"] = (self.hidden, self.shared_intermediate)
+            matrices["shared_weight"] = (1, self.hidden)
+        if self.kv_latent:
+            queries = self.n_heads * self.head_dim
+            matrices["q_up"] = (queries, self.q_latent or self.hidden)
+            matrices["kv_up"] = (self.qkv_width - queries, self.kv_latent)
+        return matrices
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Length of every norm and bias that a layer of these sizes may have."""
+        vectors = {"input_norm": self.hidden, "post_norm": self.hidden, "o_bias": self.hidden, "sinks": self.n_heads}
+        vectors |= {"router_bias": self.n_experts, "choice_bias": self.n_experts}
+        heads = (1, 1) if self.norm_heads else (self.n_heads, self.n_kv_heads)
+        vectors |= {f"{part}_norm": n * self.head_dim for part, n in zip("qk", heads, strict=True)}
+        if not self.kv_latent:
+            return vectors | {"qkv_bias": self.qkv_width}
+        return (
+            vectors | {"kv_latent_norm": self.kv_latent} | ({"q_latent_norm": self.q_latent} if self.q_latent else {})
+        )
 
 
 class LayerWeights:
     """The dense weights of a layer, checked once.
 
-    input_norm, post_norm (hidden,) float32; qkv, o, router packed; cosines, sines (n_positions, head_dim / 2) float32.
+    Norms and biases float32, matrices packed, both as LayerShape's `vectors` and `matrices` say; cosines, sines (n_positions,
+    rotary_dim / 2) float32. `others`: what kernels.h names besides, as the model has it.
     """
 
     def __init__(
@@ -372,22 +551,34 @@ class LayerWeights:
         router: np.ndarray | None,
         cosines: np.ndarray,
         sines: np.ndarray,
+        **others: np.ndarray,
     ) -> None:
         _of("shape", shape, LayerShape)
         self.shape = shape
-        self._arrays = (input_norm, qkv, o, post_norm, router, cosines, sines)
-        if (router is None) != (shape.n_experts == 1):
+        weights = dict(input_norm=input_norm, qkv=qkv, o=o, post_norm=post_norm, **others)
+        if router is not None:
+            weights["router"] = router
+        self._arrays = (weights, cosines, sines)
+        if (router is None) != (shape.n_experts == 1) and not (router is None and shape.shared_intermediate):
             raise ValueError("router: needed exactly where there is more than one expert")
-        width = shape.n_heads * shape.head_dim
-        self.c_struct = _Layer(
-            _pointer(input_norm, np.float32, (shape.hidden,), "input_norm"),
-            _packed(qkv, packed_linear_bytes(shape.qkv_width, shape.hidden), "qkv"),
-            _packed(o, packed_linear_bytes(shape.hidden, width), "o"),
-            _pointer(post_norm, np.float32, (shape.hidden,), "post_norm"),
-            None if router is None else _packed(router, packed_linear_bytes(shape.n_experts, shape.hidden), "router"),
-            _pointer(cosines, np.float32, (None, shape.head_dim // 2), "cosines"),
-            _pointer(sines, np.float32, (len(cosines), shape.head_dim // 2), "sines"),
-        )
+        needed = set(shape.matrices) | {"q_latent_norm", "kv_latent_norm"} & set(shape.vectors)
+        for name in sorted(needed - {"router", "shared_weight"} - set(weights)):
+            raise ValueError(f"{name}: missing")
+        if ("q_norm" in weights) != ("k_norm" in weights):
+            raise ValueError("q_norm: comes with k_norm")
+        pointers: dict[str, int] = {}
+        for name, array in weights.items():
+            if name in shape.vectors:
+                pointers[name] = _pointer(array, np.float32, (shape.vectors[name],), name)
+            elif name in shape.matrices:
+                n_bytes = packed_linear_bytes(*shape.matrices[name], shape.precision)
+                pointers[name] = _packed(array, n_bytes, name, shape.precision)
+            else:
+                raise ValueError(f"{name}: a layer of this shape has none")
+        half = shape.rotary_dim // 2
+        pointers["cosines"] = _pointer(cosines, np.float32, (None, half), "cosines")
+        pointers["sines"] = _pointer(sines, np.float32, (len(cosines), half), "sines")
+        self.c_struct = _Layer(**pointers)
         self.n_positions = len(cosines)
 
 
@@ -406,11 +597,11 @@ class DenseStack:
             raise ValueError("layers: all of one shape, with one expert each, are needed")
         if len(experts) != len(layers):
             raise ValueError(f"experts: {len(experts)} for {len(layers)} layers")
-        n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate)
+        n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate, shape.precision)
         self.n_layers, self.n_positions = len(layers), min(layer.n_positions for layer in layers)
         self._arrays = (tuple(layers), tuple(experts))
         self.c_layers = (_Layer * len(layers))(*(layer.c_struct for layer in layers))
-        self.c_experts = (c_void_p * len(layers))(*(_packed(e, n_bytes, "experts") for e in experts))
+        self.c_experts = (c_void_p * len(layers))(*(_packed(e, n_bytes, "experts", shape.precision) for e in experts))
 
 
 class Batch:
@@ -461,7 +652,9 @@ class Batch:
             counts = np.diff(row_start)
             own = np.arange(self.n_rows) - np.repeat(row_start[:-1], counts)
             if counts.max() > MAX_TREE_TOKENS:
-                raise ValueError(f"tree: a request has {counts.max()} new tokens, at most {MAX_TREE_TOKENS} can be masked")
+                raise ValueError(
+                    f"tree: a request has {counts.max()} new tokens, at most {MAX_TREE_TOKENS} can be masked"
+                )
             if not (tree >> own.astype(np.uint64) & np.uint64(1)).all():
                 raise ValueError("tree: a row must see itself")
         self._arrays = (row_start, first_position, page_table, tree)
@@ -469,12 +662,15 @@ class Batch:
 
 
 class Kernels:
-    """The operators at a fixed number of threads and instruction set. Not thread-safe: call from one thread."""
+    """The operators at a fixed number of threads, instruction set and precision: where that is fp32, read fp32 for every bf16
+    below. Not thread-safe: call from one thread."""
 
-    def __init__(self, n_threads: int, isa: str | None = None) -> None:
+    def __init__(self, n_threads: int, isa: str | None = None, precision: Precision = "bf16") -> None:
         self.n_threads = _size("n_threads", n_threads, most=MAX_THREADS)
         self.isa = default_isa() if isa is None else _checked_isa(isa)
-        self._isa = _all_isas().index(self.isa)
+        self.precision = _precision("precision", precision)
+        self._activation = ACTIVATION[precision]
+        self._isa = _all_isas().index(self.isa) + (len(_all_isas()) if precision == "fp32" else 0)
         self._scratch = aligned_empty(1 << 20)
         self._scratch_pointer = self._scratch.ctypes.data
 
@@ -484,10 +680,13 @@ class Kernels:
             self._scratch_pointer = self._scratch.ctypes.data
         return self._scratch_pointer
 
+    def _weight(self, packed: np.ndarray, n_out: int, n_in: int) -> int:
+        return _packed(packed, packed_linear_bytes(n_out, n_in, self.precision), "packed", self.precision)
+
     def linear(self, x: np.ndarray, packed: np.ndarray, n_out: int, out: np.ndarray) -> None:
         """out (M, n_out) float32 = x (M, n_in) bf16 . packed^T."""
-        source, m, n_in = _matrix(x, np.uint16, "x", 2)
-        weight = _packed(packed, packed_linear_bytes(n_out, n_in), "packed")
+        source, m, n_in = _matrix(x, self._activation, "x", 2)
+        weight = self._weight(packed, n_out, n_in)
         target = _pointer(out, np.float32, (m, n_out), "out", write=True)
         _apart([("out", out)], ("x", x), ("packed", packed))
         _library().smo_linear(self._isa, self.n_threads, source, m, n_in, weight, n_out, target)
@@ -496,7 +695,7 @@ class Kernels:
         """out (M, H) bf16 = x (M, H) float32 normalised and weighted."""
         source, m, n = _matrix(x, np.float32, "x", LANES)
         scale = _pointer(weight, np.float32, (n,), "weight")
-        target = _pointer(out, np.uint16, (m, n), "out", write=True)
+        target = _pointer(out, self._activation, (m, n), "out", write=True)
         _apart([("out", out)], ("x", x), ("weight", weight))
         _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, _epsilon("eps", eps), target)
 
@@ -553,6 +752,10 @@ class Kernels:
             ctypes.pointer(shape.c_struct), ctypes.addressof(batch.c_struct), address, None, batch.tree, None, 0
         )
 
+    def _same_precision(self, name: str, shape: LayerShape) -> None:
+        if shape.precision != self.precision:
+            raise ValueError(f"{name}: is {shape.precision}, the kernels' precision is {self.precision}")
+
     @staticmethod
     def _pages(shape: KVShape, batch: Batch, pages: np.ndarray, layers: tuple[int, ...] = ()) -> int:
         _of("batch", batch, Batch)
@@ -576,11 +779,13 @@ class Kernels:
     ) -> None:
         """Norm, QKV, rotary embedding, KV append, attention, output projection, residual, norm, router.
 
-        x (M, hidden) float32 in and out; pages (n_pages, page_bytes) uint8 of this layer; out: normed (M, hidden) bf16, expert_index (M, n_active) int32,
-        expert_weight (M, n_active) float32 (softmax over all, renormalised over the chosen, as Mixtral's).
+        x (M, hidden) float32 in and out; pages (n_pages, page_bytes) uint8 of this layer, as LayerShape.kv says; out: normed
+        (M, hidden) bf16, expert_index (M, n_active) int32, expert_weight (M, n_active) float32. What every row takes of the
+        feed-forward (shared experts, a dense layer's) is added too.
         """
         _of("layer", layer, LayerWeights)
         _of("batch", batch, Batch)
+        self._same_precision("layer", layer.shape)
         shape, m = layer.shape, batch.n_rows
         address = self._pages(shape.kv, batch, pages)
         if batch.tree is not None:
@@ -589,7 +794,7 @@ class Kernels:
             raise ValueError(f"batch: position {batch.end - 1} is beyond the {layer.n_positions} rotary positions")
         residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
         outputs = (
-            _pointer(normed, np.uint16, (m, shape.hidden), "normed", write=True),
+            _pointer(normed, self._activation, (m, shape.hidden), "normed", write=True),
             _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index", write=True),
             _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight", write=True),
         )
@@ -603,7 +808,9 @@ class Kernels:
             ]
         )
         library = _library()
-        scratch = self._scratch_of(library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end))
+        scratch = self._scratch_of(
+            library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision])
+        )
         library.smo_attention_block(
             self._isa,
             self.n_threads,
@@ -623,19 +830,40 @@ class Kernels:
         row_slots: Sequence[np.ndarray],
         out: np.ndarray,
         intermediate: int,
+        format: ExpertFormat | None = None,
+        biases: Sequence[np.ndarray] | None = None,
+        swiglu: Swiglu = SILU,
     ) -> None:
-        """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H)."""
-        source, m, hidden = _matrix(normed, np.uint16, "normed", 2)
+        """SwiGLU of packed experts[e] for row_slots[e] (int32, row * n_active + rank): out[slot] of (M * n_active, H).
+
+        `format`: as packed; None: the kernels' precision. In int8, int4 and mxfp4 the activations, of bf16, are multiplied as
+        int8 with one fp32 scale to the inputs that share a weight's scale, which is the largest of them over 127.
+        biases[e] (2 * intermediate + H,) float32: of gate, up and down.
+        """
+        source, m, hidden = _matrix(normed, self._activation, "normed", 2)
         target = _pointer(out, np.float32, (None, hidden), "out", write=True)
         n_slots = len(out)
         if m < 1 or n_slots % m or n_slots > MAX_SIZE:
             raise ValueError(f"out: {n_slots} rows are no multiple of the {m} rows of normed")
-        n_bytes = packed_expert_bytes(hidden, intermediate)
+        number, halves = _format(self.precision if format is None else format)
+        if halves != HALVES[self.precision]:
+            raise ValueError(f"format: {format} is not for kernels of precision {self.precision}")
+        n_bytes = packed_expert_bytes(hidden, intermediate, self.precision if format is None else format)
         _of("experts", experts, Collection)
         _of("row_slots", row_slots, Collection)
+        _of("swiglu", swiglu, Swiglu)
         if len(experts) != len(row_slots):
             raise ValueError(f"row_slots: {len(row_slots)} lists for {len(experts)} experts")
-        pointers = (c_void_p * max(1, len(experts)))(*(_packed(e, n_bytes, "experts") for e in experts))
+        pointers = (c_void_p * max(1, len(experts)))(*(_packed(e, n_bytes, "experts", self.precision) for e in experts))
+        bias_pointers = None
+        if biases is not None:
+            _of("biases", biases, Collection)
+            if len(biases) != len(experts):
+                raise ValueError(f"biases: {len(biases)} for {len(experts)} experts")
+            width = (2 * intermediate + hidden,)
+            bias_pointers = (c_void_p * max(1, len(biases)))(
+                *(_pointer(b, np.float32, width, "biases") for b in biases)
+            )
         for slots in row_slots:
             _pointer(slots, np.int32, (None,), "row_slots")
         slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])
@@ -643,25 +871,25 @@ class Kernels:
             raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
         if len(slots) and int(np.bincount(slots).max()) > 1:
             raise ValueError("row_slots: a slot occurs twice")
-        _apart([("out", out)], ("normed", normed), ("row_slots", slots), *(("experts", e) for e in experts))
+        read = [("normed", normed), ("row_slots", slots), *(("experts", e) for e in experts)]
+        _apart([("out", out)], *read, *(("biases", b) for b in biases or ()))
         start = np.zeros(len(experts) + 1, np.int32)
         np.cumsum([len(slots) for slots in row_slots], out=start[1:])
         library = _library()
-        scratch = self._scratch_of(library.smo_experts_scratch_bytes(intermediate, len(slots)))
-        library.smo_experts(
-            self._isa,
-            self.n_threads,
+        scratch = self._scratch_of(library.smo_experts_scratch_bytes(hidden, intermediate, number, halves, len(slots)))
+        arguments = _Experts(
             hidden,
             intermediate,
             n_slots // m,
-            source,
+            number,
             len(experts),
-            pointers,
+            ctypes.addressof(pointers),
+            None if bias_pointers is None else ctypes.addressof(bias_pointers),
+            ctypes.pointer(swiglu.c_struct),
             slots.ctypes.data,
             start.ctypes.data,
-            target,
-            scratch,
         )
+        library.smo_experts(self._isa, self.n_threads, arguments, source, target, scratch)
 
     def combine(self, x: np.ndarray, expert_out: np.ndarray, expert_weight: np.ndarray) -> None:
         """x (M, H) += sum over ranks, in order, of expert_weight (M, n_active) * expert_out (M * n_active, H)."""
@@ -687,6 +915,7 @@ class Kernels:
         with a leading axis of layers; expert_out (M, hidden) float32 is workspace."""
         _of("stack", stack, DenseStack)
         _of("batch", batch, Batch)
+        self._same_precision("stack", stack.shape)
         shape, m = stack.shape, batch.n_rows
         address = self._pages(shape.kv, batch, pages, (stack.n_layers,))
         if batch.tree is not None:
@@ -695,7 +924,7 @@ class Kernels:
             raise ValueError(f"batch: position {batch.end - 1} is beyond the {stack.n_positions} rotary positions")
         residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
         pointers = (
-            _pointer(normed, np.uint16, (m, shape.hidden), "normed", write=True),
+            _pointer(normed, self._activation, (m, shape.hidden), "normed", write=True),
             _pointer(expert_index, np.int32, (m, 1), "expert_index", write=True),
             _pointer(expert_weight, np.float32, (m, 1), "expert_weight", write=True),
             _pointer(expert_out, np.float32, (m, shape.hidden), "expert_out", write=True),
@@ -713,8 +942,8 @@ class Kernels:
         library = _library()
         scratch = self._scratch_of(
             max(
-                library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end),
-                library.smo_experts_scratch_bytes(shape.intermediate, m),
+                library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision]),
+                library.smo_experts_scratch_bytes(shape.hidden, shape.intermediate, 0, HALVES[self.precision], m),
             )
         )
         library.smo_dense_pass(
@@ -745,29 +974,35 @@ class Kernels:
         """out (M,) int32: the token with the highest logit (lowest on ties) after final norm and head; logits (M, vocab)."""
         states, m, hidden = _matrix(x, np.float32, "x", LANES)
         scale = _pointer(norm, np.float32, (hidden,), "norm")
-        weight = _packed(packed, packed_linear_bytes(_size("vocab", vocab), hidden), "packed")
+        weight = self._weight(packed, _size("vocab", vocab), hidden)
         target = _pointer(out, np.int32, (m,), "out", write=True)
         table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits", write=True)
         written = [("out", out)] if logits is None else [("out", out), ("logits", logits)]
         _apart(written, ("x", x), ("norm", norm), ("packed", packed))
         _epsilon("eps", eps)
         library = _library()
-        scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads))
+        scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads, HALVES[self.precision]))
         library.smo_head_argmax(
             self._isa, self.n_threads, states, m, hidden, scale, eps, weight, vocab, target, table, scratch
         )
 
 
-def scratch_bytes(shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int) -> int:
+def scratch_bytes(
+    shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int, expert_format: ExpertFormat | None = None
+) -> int:
     """Scratch memory a Kernels object ends up with after passes of up to `max_rows` rows in contexts of `context_tokens`."""
     _of("shape", shape, LayerShape)
     _size("n_threads", n_threads, most=MAX_THREADS)
     _size("max_rows", max_rows)
     _size("context_tokens", context_tokens)
-    library = _library()
+    library, halves = _library(), HALVES[shape.precision]
     return max(
         1 << 20,
-        int(library.smo_attention_scratch_bytes(shape.c_struct, max_rows, context_tokens)),
-        int(library.smo_experts_scratch_bytes(shape.intermediate, max_rows * shape.n_active)),
-        int(library.smo_head_scratch_bytes(shape.hidden, max_rows, n_threads)),
+        int(library.smo_attention_scratch_bytes(shape.c_struct, max_rows, context_tokens, halves)),
+        int(
+            library.smo_experts_scratch_bytes(
+                shape.hidden, shape.intermediate, *_FORMATS[expert_format or shape.precision], max_rows * shape.n_active
+            )
+        ),
+        int(library.smo_head_scratch_bytes(shape.hidden, max_rows, n_threads, halves)),
     )

@@ -25,13 +25,13 @@ static const struct {
     size_t per_step;  /* numbers of a column that are multiplied at once */
     int wide;         /* queries and probabilities are fp32 */
     int scaled;
-} FORMATS[] = {[KV_BF16] = {2, 2, 0, 0}, [KV_FP16] = {2, 1, 1, 0}, [KV_FP32] = {4, 1, 1, 0}, [KV_INT8] = {1, 1, 1, 1}};
+} NUMBERS[] = {[KV_BF16] = {2, 2, 0, 0}, [KV_FP16] = {2, 1, 1, 0}, [KV_FP32] = {4, 1, 1, 0}, [KV_INT8] = {1, 1, 1, 1}};
 
-static size_t key_bytes(const kv_shape_t *s) { return (size_t)s->key_dim * PAGE_TOKENS * FORMATS[s->format].bytes; }
-static size_t value_bytes(const kv_shape_t *s) { return (size_t)s->value_dim * PAGE_TOKENS * FORMATS[s->format].bytes; }
+static size_t key_bytes(const kv_shape_t *s) { return (size_t)s->key_dim * PAGE_TOKENS * NUMBERS[s->format].bytes; }
+static size_t value_bytes(const kv_shape_t *s) { return (size_t)s->value_dim * PAGE_TOKENS * NUMBERS[s->format].bytes; }
 static size_t head_bytes(const kv_shape_t *s)
 {
-    return key_bytes(s) + value_bytes(s) + (FORMATS[s->format].scaled ? 2 * PAGE_TOKENS * sizeof(float) : 0);
+    return key_bytes(s) + value_bytes(s) + (NUMBERS[s->format].scaled ? 2 * PAGE_TOKENS * sizeof(float) : 0);
 }
 size_t kv_page_bytes(const kv_shape_t *s) { return (size_t)s->n_kv_heads * head_bytes(s); }
 
@@ -53,13 +53,13 @@ static int end_of(const batch_t *b, int request)
 /* Number `at` of a column of a strip as wide as `columns`. */
 static size_t place(const kv_shape_t *s, int column, int columns, int at)
 {
-    const size_t per = FORMATS[s->format].per_step, step = (size_t)at / per;
+    const size_t per = NUMBERS[s->format].per_step, step = (size_t)at / per;
     return (step * (size_t)columns + (size_t)column) * per + (size_t)at % per;
 }
 
 static void put(const kv_shape_t *s, unsigned char *to, size_t at, const void *numbers, int i)
 {
-    const size_t bytes = FORMATS[s->format].bytes;
+    const size_t bytes = NUMBERS[s->format].bytes;
     memcpy(to + at * bytes, (const unsigned char *)numbers + (size_t)i * bytes, bytes);
 }
 
@@ -96,13 +96,13 @@ void append_kv(const isa_t *isa, const attention_t *a, int request, int row, con
         const float value_scale = convert(isa, s, values + (size_t)head * (size_t)s->value_dim, s->value_dim, numbers);
         for (int i = 0; i < s->value_dim; i++) {
             const int first = i / COLUMNS * COLUMNS, columns = s->value_dim - first < COLUMNS ? s->value_dim - first : COLUMNS;
-            unsigned char *into = value + (size_t)first * PAGE_TOKENS * FORMATS[s->format].bytes;
+            unsigned char *into = value + (size_t)first * PAGE_TOKENS * NUMBERS[s->format].bytes;
             put(s, into, place(s, i - first, columns, slot), numbers, i);
             /* A pair's other half may hold anything; probability 0 times NaN would still be NaN. */
-            if (is_last && slot % 2 == 0 && FORMATS[s->format].per_step == 2)
-                memset(into + place(s, i - first, columns, slot + 1) * FORMATS[s->format].bytes, 0, FORMATS[s->format].bytes);
+            if (is_last && slot % 2 == 0 && NUMBERS[s->format].per_step == 2)
+                memset(into + place(s, i - first, columns, slot + 1) * NUMBERS[s->format].bytes, 0, NUMBERS[s->format].bytes);
         }
-        if (FORMATS[s->format].scaled) {
+        if (NUMBERS[s->format].scaled) {
             scales[slot] = key_scale;
             scales[PAGE_TOKENS + slot] = value_scale;
         }
@@ -133,7 +133,7 @@ static void write_result(const isa_t *isa, const attention_t *a, size_t at, floa
         reference = highest;
     }
     if (a->log_sums) a->log_sums[at] = reference + logf(sum);
-    if (a->wide_result) isa->scale(output, scale / sum, n, (float *)result + at * (size_t)n);
+    if (a->wide_result) isa->f32->put(output, scale / sum, n, (uint16_t *)((float *)result + at * (size_t)n));
     else isa->to_bf16(output, scale / sum, n, (uint16_t *)result + at * (size_t)n);
 }
 
@@ -170,8 +170,8 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
 {
     const kv_shape_t *s = a->shape;
     const batch_t *b = a->batch;
-    const int group = s->n_heads / s->n_kv_heads, n = item.n_rows, n_all = n * item.n_heads, wide = FORMATS[s->format].wide;
-    const size_t bytes = FORMATS[s->format].bytes, per_step = FORMATS[s->format].per_step;
+    const int group = s->n_heads / s->n_kv_heads, n = item.n_rows, n_all = n * item.n_heads, wide = NUMBERS[s->format].wide;
+    const size_t bytes = NUMBERS[s->format].bytes, per_step = NUMBERS[s->format].per_step;
     const size_t number = wide ? sizeof(float) : sizeof(uint16_t);
     float scores[TILE_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
     float outputs[ITEM_ROWS * MAX_DIM] __attribute__((aligned(64)));
@@ -206,7 +206,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
         for (int h = 0; h < item.n_heads; h++) {
             const unsigned char *keys = page + (size_t)(item.first_head + h) * head_bytes(s), *values = keys + key_bytes(s);
             const unsigned char *next = h + 1 < item.n_heads ? keys + head_bytes(s) : after + (size_t)item.first_head * head_bytes(s);
-            const float *scales = FORMATS[s->format].scaled ? (const float *)(values + value_bytes(s)) : 0;
+            const float *scales = NUMBERS[s->format].scaled ? (const float *)(values + value_bytes(s)) : 0;
             const int base = h * n, value_steps = (used + (int)per_step - 1) / (int)per_step;
             /* Scores of one tile at a time: they stay in the L1 cache. */
             for (int r = 0, t = 0; t < n_tiles; t++) {

@@ -4,8 +4,6 @@
 
 #include "kernels.h"
 
-enum { KV_BF16, KV_FP16, KV_FP32, KV_INT8 };
-
 /* A page: [kv head][keys, values], and for int8 the float scales [128] of the keys, then of the values. Both are strips of 64
  * columns, as packed weights are, so that a page is read from one end to the other:
  *   keys:   [128 / 64][steps of key_dim][64 tokens]           values: [value_dim / 64][steps of 128 tokens][64 or the rest]
@@ -25,6 +23,8 @@ typedef struct {
 } attention_t;
 
 size_t kv_page_bytes(const kv_shape_t *s);
+/* Of a number of a query. */
+static inline size_t query_bytes(const kv_shape_t *s) { return s->format == KV_BF16 ? sizeof(uint16_t) : sizeof(float); }
 
 /* Of scratch for n_rows rows where the longest request ends at position `end`. */
 size_t partial_bytes(const kv_shape_t *s, int n_rows, int end);

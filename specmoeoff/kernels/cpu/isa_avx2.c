@@ -94,8 +94,8 @@ static inline void v_store_fp16(uint16_t *p, V v)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline __m256 widen_(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
-static inline V v_load_int8(const int8_t *p) { return EACH(widen_(p), widen_(p + 8)); }
+static inline __m256 widen_int8_(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+static inline V v_load_int8(const int8_t *p) { return EACH(widen_int8_(p), widen_int8_(p + 8)); }
 /* v where `mask` has a bit, else `fill`. */
 static inline __m256 keep_(__m256 v, int mask, float fill)
 {
@@ -111,8 +111,55 @@ static inline int v_any_above(V x, V y)
     return _mm256_movemask_ps(above) != 0;
 }
 
+typedef struct {
+    __m256i a, b;
+} VI;
+#define EACH_INT(call_a, call_b) ((VI){call_a, call_b})
+static inline VI v_ints(int x) { return EACH_INT(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+static inline VI v_bytes(const unsigned char *p)
+{
+    return EACH_INT(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32)));
+}
+static inline VI v_bytes_all(const unsigned char *p)
+{
+    int four;
+    memcpy(&four, p, sizeof four);
+    return v_ints(four);
+}
+static inline __m256i low_(__m256i c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
+static inline VI v_low(VI c) { return EACH_INT(low_(c.a), low_(c.b)); }
+static inline VI v_high(VI c) { return EACH_INT(low_(_mm256_srli_epi16(c.a, 4)), low_(_mm256_srli_epi16(c.b, 4))); }
+/* 12 + 2 x of the sixteen numbers of e2m1 */
+static inline __m256i e2m1_(__m256i c)
+{
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), c);
+}
+static inline VI v_e2m1(VI c) { return EACH_INT(e2m1_(c.a), e2m1_(c.b)); }
+/* Bytes become 16 bits, even and odd ones apart: sums of pairs of bytes would saturate. */
+static inline __m256i dot4_(__m256i acc, __m256i c, __m256i x)
+{
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+static inline VI v_dot4(VI acc, VI c, VI x) { return EACH_INT(dot4_(acc.a, c.a, x.a), dot4_(acc.b, c.b, x.b)); }
+static inline V v_float(VI a) { return EACH(_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)); }
+static inline __m256 widen_(const uint16_t *p)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline V v_widen(const uint16_t *p) { return EACH(widen_(p), widen_(p + 8)); }
+static inline void v_store_bytes(signed char *p, V v)
+{
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)), 0xd8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bytes));
+}
+
 #include "isa_body.h"
+#include "codes_body.h"
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
-const isa_t isa_avx2 = ISA("avx2");
+const isa_t isa_avx2 = ISA("avx2", , to_bf16, 1, isa_avx2_f32);
+const isa_t isa_avx2_f32 = ISA("avx2", _f32, to_f32, 2, isa_avx2_f32);

@@ -41,12 +41,30 @@ static inline __m512i v_pair_all(const uint16_t *p)
 
 #define v_any_above(a, b) (_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0)
 
+typedef __m512i VI;
+#define v_ints(x) _mm512_set1_epi32(x)
+#define v_bytes(p) _mm512_loadu_si512(p)
+#define v_bytes_all(p) v_pair_all((const uint16_t *)(p))
+#define v_low(c) _mm512_and_si512(c, _mm512_set1_epi8(15))
+#define v_high(c) v_low(_mm512_srli_epi16(c, 4))
+#define v_dot4(acc, codes, x) _mm512_dpbusd_epi32(acc, codes, x)
+#define v_float(a) _mm512_cvtepi32_ps(a)
+#define v_widen(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define v_store_bytes(p, v) _mm_storeu_si128((__m128i *)(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)))
+/* 12 + 2 x of the sixteen numbers of e2m1 */
+static inline __m512i v_e2m1(__m512i c)
+{
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), c);
+}
+
 #include "isa_body.h"
+#include "codes_body.h"
 
 static int supported(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
-const isa_t isa_avx512bf16 = ISA("avx512bf16");
+const isa_t isa_avx512bf16 = ISA("avx512bf16", , to_bf16, 1, isa_avx512bf16_f32);
+const isa_t isa_avx512bf16_f32 = ISA("avx512bf16", _f32, to_f32, 2, isa_avx512bf16_f32);

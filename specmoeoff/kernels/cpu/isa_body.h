@@ -81,6 +81,16 @@ typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
 #endif
 TILES(bf16, 64) TILES(fp16, 32) TILES(fp32, 64) TILES(int8, 16)
 
+/* Activations are bf16 or fp32, as the model's weights are. */
+INLINE void v_put(const int f32, uint16_t *out, int i, V v)
+{
+    if (f32) v_store((float *)out + i, v);
+    else v_store_bf16(out + i, v);
+}
+#define OF_EACH_PRECISION(name, parameters, ...)                                    \
+    static void name parameters { name##_body(0, __VA_ARGS__); }                    \
+    static void name##_f32 parameters { name##_body(1, __VA_ARGS__); }
+
 /* e^x for -87 <= x <= 88; smaller is clamped. Degree-6 polynomial of 2^fraction, relative error below 2e-7 near 0, 4e-6 at the ends. */
 INLINE V v_exp(V x)
 {
@@ -97,7 +107,7 @@ INLINE V v_exp(V x)
     return v_scale(p, whole);
 }
 
-static void rmsnorm(const float *x, const float *weight, float eps, int n, uint16_t *out)
+INLINE void rmsnorm_body(const int f32, const float *x, const float *weight, float eps, int n, uint16_t *out)
 {
     V sum = v_zero();
     for (int i = 0; i < n; i += LANES) {
@@ -105,8 +115,9 @@ static void rmsnorm(const float *x, const float *weight, float eps, int n, uint1
         sum = v_fma(value, value, sum);
     }
     V scale = v_all(1.f / __builtin_sqrtf(v_sum(sum) / (float)n + eps));
-    for (int i = 0; i < n; i += LANES) v_store_bf16(out + i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
+    for (int i = 0; i < n; i += LANES) v_put(f32, out, i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
 }
+OF_EACH_PRECISION(rmsnorm, (const float *x, const float *weight, float eps, int n, uint16_t *out), x, weight, eps, n, out)
 
 static void to_bf16(const float *x, float scale, int n, uint16_t *out)
 {
@@ -118,19 +129,21 @@ static void to_fp16(const float *x, int n, uint16_t *out)
     for (int i = 0; i < n; i += LANES) v_store_fp16(out + i, v_load(x + i));
 }
 
-static void scale(const float *x, float factor, int n, float *out)
+static void to_f32(const float *x, float scale, int n, uint16_t *out)
 {
-    for (int i = 0; i < n; i += LANES) v_store(out + i, v_mul(v_load(x + i), v_all(factor)));
+    for (int i = 0; i < n; i += LANES) v_store((float *)out + i, v_mul(v_load(x + i), v_all(scale)));
 }
 
-static void silu_mul(const float *gate, const float *up, int n, uint16_t *out)
+INLINE void swiglu_body(const int f32, const float *gate, const float *up, const swiglu_t *s, int n, uint16_t *out)
 {
+    const V limit = v_all(s->limit), lowest = v_all(-s->limit); /* on the left: NaN passes */
     for (int i = 0; i < n; i += LANES) {
-        V g = v_load(gate + i);
-        V denominator = v_add(v_all(1.f), v_exp(v_min(v_sub(v_zero(), g), v_all(88.f))));
-        v_store_bf16(out + i, v_mul(v_div(g, denominator), v_load(up + i)));
+        const V g = v_min(limit, v_load(gate + i)), u = v_max(lowest, v_min(limit, v_load(up + i)));
+        const V denominator = v_add(v_all(1.f), v_exp(v_min(v_mul(v_all(-s->alpha), g), v_all(88.f))));
+        v_put(f32, out, i, v_mul(v_div(g, denominator), v_add(u, v_all(s->shift))));
     }
 }
+OF_EACH_PRECISION(swiglu, (const float *gate, const float *up, const swiglu_t *s, int n, uint16_t *out), gate, up, s, n, out)
 
 static void add(float *x, const float *y, int n)
 {
@@ -207,4 +220,6 @@ static void merge(float *reference, float *sums, float *output, float other, con
         v_store(output + i, v_add(v_mul(v_load(output + i), mine), v_mul(v_load(other_output + i), its)));
 }
 
-#define ISA(NAME) {NAME, supported, {tile_bf16, tile_fp16, tile_fp32, tile_int8}, rmsnorm, to_bf16, to_fp16, scale, silu_mul, add, add_scaled, softmax, sum_of, merge}
+#define ISA(NAME, PRECISION, PUT, HALVES, F32)                                                                             \
+    {NAME, supported, {tile_bf16, tile_fp16, tile_fp32, tile_int8}, rmsnorm##PRECISION, to_bf16, to_fp16, swiglu##PRECISION, add, \
+     add_scaled, softmax, sum_of, merge, HALVES, PUT, &F32, tile_codes, quantise}

@@ -94,8 +94,55 @@ static inline int v_any_above(V x, V y)
     return any;
 }
 
+typedef struct {
+    int32_t i[LANES];
+} VI;
+#define EACH_INT(expression)                                    \
+    VI result;                                                  \
+    for (int i = 0; i < LANES; i++) result.i[i] = expression;   \
+    return result
+static inline VI v_ints(int32_t x) { EACH_INT(x); }
+static inline VI v_bytes(const unsigned char *p)
+{
+    VI v;
+    memcpy(v.i, p, sizeof v.i);
+    return v;
+}
+static inline VI v_bytes_all(const unsigned char *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return v_ints(four);
+}
+static inline VI v_low(VI c) { EACH_INT(c.i[i] & 0x0f0f0f0f); }
+static inline VI v_high(VI c) { EACH_INT((int32_t)((uint32_t)c.i[i] >> 4 & 0x0f0f0f0f)); }
+static inline int byte_(int32_t four, int i) { return (int)((uint32_t)four >> (8 * i) & 255); }
+/* 12 + 2 x of the sixteen numbers of e2m1 */
+static inline int32_t e2m1_(int32_t c)
+{
+    static const unsigned char numbers[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    uint32_t four = 0;
+    for (int i = 0; i < 4; i++) four |= (uint32_t)numbers[byte_(c, i)] << (8 * i);
+    return (int32_t)four;
+}
+static inline VI v_e2m1(VI c) { EACH_INT(e2m1_(c.i[i])); }
+static inline int32_t dot4_(int32_t acc, int32_t c, int32_t x)
+{
+    for (int i = 0; i < 4; i++) acc += byte_(c, i) * (signed char)byte_(x, i);
+    return acc;
+}
+static inline VI v_dot4(VI acc, VI c, VI x) { EACH_INT(dot4_(acc.i[i], c.i[i], x.i[i])); }
+static inline V v_float(VI a) { EACH((float)a.i[i]); }
+static inline V v_widen(const uint16_t *p) { EACH(widen(p[i])); }
+static inline void v_store_bytes(signed char *p, V v)
+{
+    for (int i = 0; i < LANES; i++) p[i] = v.f[i] == v.f[i] ? (signed char)rintf(v.f[i]) : -128; /* NaN as the others have it */
+}
+
 #include "isa_body.h"
+#include "codes_body.h"
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = ISA("scalar");
+const isa_t isa_scalar = ISA("scalar", , to_bf16, 1, isa_scalar_f32);
+const isa_t isa_scalar_f32 = ISA("scalar", _f32, to_f32, 2, isa_scalar_f32);

@@ -17,19 +17,26 @@ static inline part_t part_of(const void *w, size_t w_stride, int steps, int t, c
     return (part_t){w, w_stride, steps, (const char *)next + (size_t)t * (size_t)steps * step, step};
 }
 
-/* One strip for n rows in even tiles, 7 rows are 4 + 3, not 6 + 1: out[r][0 .. 64). Columns are computed in whole vectors up to
- * `columns`. `next`: the strip after it. */
+/* Some steps of packed weights for n rows in even tiles, 7 rows are 4 + 3, not 6 + 1: out[r][0 .. 64) (+)= .... Columns are
+ * computed in whole vectors up to `columns`. `next`: what follows. */
+static inline void tile_rows(const isa_t *isa, const uint16_t *const *x, int n, const void *w, int steps, int columns, int accumulate,
+                             float *out, size_t out_stride, const void *next, size_t next_bytes)
+{
+    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, format = isa->halves == 2 ? KV_FP32 : KV_BF16;
+    const size_t step = fetch_step(next_bytes, n_tiles, steps);
+    for (int r = 0, t = 0; t < n_tiles; t++) {
+        const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+        isa->tile[format](rows, (const void *const *)(x + r), part_of(w, 4 * COLUMNS, steps, t, next, step), (columns + LANES - 1) / LANES,
+                          accumulate, out + (size_t)r * out_stride, out_stride);
+        r += rows;
+    }
+}
+
+/* A whole strip of n_in halves, and the one after it. */
 static inline void strip_rows(const isa_t *isa, const uint16_t *const *x, int n, const uint16_t *w, int n_in, int columns,
                               float *out, size_t out_stride, const uint16_t *next)
 {
-    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const size_t step = fetch_step(2 * strip_elements(n_in), n_tiles, n_in / 2);
-    for (int r = 0, t = 0; t < n_tiles; t++) {
-        const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
-        const part_t part = part_of(w, 4 * COLUMNS, n_in / 2, t, next, step);
-        isa->tile[0](rows, (const void *const *)(x + r), part, (columns + LANES - 1) / LANES, 0, out + (size_t)r * out_stride, out_stride);
-        r += rows;
-    }
+    tile_rows(isa, x, n, w, n_in / 2, columns, 0, out, out_stride, next, 2 * strip_elements(n_in));
 }
 
 #endif

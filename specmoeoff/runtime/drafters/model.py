@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Kernels
+from specmoeoff.kernels.cpu import PAGE_TOKENS, Kernels
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, make_rows
 from specmoeoff.runtime.pack import PackedModel
@@ -18,7 +18,7 @@ class ModelDrafter:
     def __init__(self, packed: PackedModel, kernels: Kernels, pages: PageTable, max_rows: int) -> None:
         if packed.spec.n_experts != 1:
             raise ValueError("the draft model must be dense")
-        n_positions = min(packed.spec.max_positions, pages.pages_per_request * 64)
+        n_positions = min(packed.spec.max_positions, pages.pages_per_request * PAGE_TOKENS)
         self._model = Model(packed, kernels, pages.n_pages, n_positions, max_rows)
         self._stack = self._model.stack(packed.load_experts())
         self._pages = pages

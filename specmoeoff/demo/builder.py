@@ -11,8 +11,8 @@ import numpy as np
 
 from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.files import cache_dir
-from specmoeoff.runtime.build_folder import build_folder
 from specmoeoff.runtime.architectures import expert_tensor_names, router_name
+from specmoeoff.runtime.build_folder import build_folder
 from specmoeoff.runtime.checkpoint import INDEX_NAME, to_bf16
 from specmoeoff.specs.model import ModelSpec
 

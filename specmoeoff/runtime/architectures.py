@@ -210,7 +210,9 @@ def _refuse_what_the_kernels_lack(config: Config, architecture: Architecture) ->
 
 
 def _other_layer_params(spec: ModelSpec) -> int:
-    kept = re.compile(r".*((?<!correction_)bias|sinks|[qk]_norm\.weight|_a_layernorm\.weight|shared_expert_gate\.weight)")
+    kept = re.compile(
+        r".*((?<!correction_)bias|sinks|[qk]_norm\.weight|_a_layernorm\.weight|shared_expert_gate\.weight)"
+    )
     layer = layer_tensors(spec, spec.n_layers - 1).values()
     return sum(math.prod(shape) for name, shape in layer if kept.fullmatch(name))
 

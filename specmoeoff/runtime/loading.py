@@ -57,7 +57,11 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
         draft = pack_model(draft_folder, progress, plan.model.precision)
     elif plan.decode.drafter == "model":
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
-    opened = Opened(pack_model(folder, progress, plan.model.precision), draft, Tokenizer(folder))
+    opened = Opened(
+        pack_model(folder, progress, plan.model.precision),
+        draft,
+        Tokenizer(folder if folder.is_dir() else folder.parent),
+    )
     needed, available = plan.memory.rss_bytes, available_bytes()
     if needed > available:
         raise MissingCapability(
@@ -82,7 +86,10 @@ def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
     for layer, (resident, prefetch) in enumerate(zip(experts.resident, experts.prefetch, strict=True)):
         numbers = [*resident, *prefetch]
         require(len({*numbers}) == len(numbers), f"experts: layer {layer} names an expert twice")
-        require(all(0 <= e < spec.n_experts_of(layer) for e in numbers), f"experts: layer {layer} names one it does not have")
+        require(
+            all(0 <= e < spec.n_experts_of(layer) for e in numbers),
+            f"experts: layer {layer} names one it does not have",
+        )
     if experts.n_resident < spec.n_all_experts:
         fewest = DEMAND_RESERVE_SLOTS + 1
         require(experts.stream_slots >= fewest, f"experts.stream_slots must be at least {fewest}, where any are read")

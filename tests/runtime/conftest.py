@@ -53,7 +53,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "n_shared_experts": 2}),
     "deepseek_v3": (
         "DeepseekV3",
-        LATENT | {"q_lora_rank": 48, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+        LATENT
+        | {"q_lora_rank": 48, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
     ),
     "gpt_oss": ("GptOss", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 24, "head_dim": 32}),
 }
@@ -70,7 +71,9 @@ def _saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def save(kind: str, dtype: str = "bfloat16", max_shard_size: str = "5GB", **changes: Any) -> Path:
         name, fields = KINDS[kind]
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE | fields | changes))
+        model = getattr(transformers, f"{name}ForCausalLM")(
+            getattr(transformers, f"{name}Config")(**SHAPE | fields | changes)
+        )
         for parameter_name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if parameter_name.endswith(("bias", "norm.weight")):  # or they would be zeros and ones
                 torch.nn.init.normal_(parameter, float(parameter_name.endswith("weight")), 0.2)

@@ -196,7 +196,9 @@ def test_what_a_mixture_of_experts_asks_for_and_is_not_computed_gets_a_sentence(
         read_model_spec(folder)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+)
 def test_parameters_are_counted_as_transformers_counts_them(save_model: SaveModel, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -311,7 +313,7 @@ def test_a_hub_name_gets_the_command_that_downloads_it() -> None:
 
 
 def test_a_file_or_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.bin"
     path.touch()
     with pytest.raises(BadInput, match="is a file"):
         resolve_model(path)

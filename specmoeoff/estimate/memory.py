@@ -78,6 +78,7 @@ def dense_bytes(spec: ModelSpec) -> int:
             matrix = shape.matrices.get(name)
             size = packed_linear_bytes(*matrix, spec.precision) if matrix else 4 * shape.vectors[name]
             n_bytes += -(-size // 64) * 64
+        n_bytes += -(-4 * spec.n_experts_of(layer) * spec.expert_bias_params // 64) * 64
     return n_bytes
 
 

@@ -155,16 +155,6 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(set(weight_map.values())), weight_map
 
 
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """gate, up (intermediate, hidden), down (hidden, intermediate), bf16 or fp32; biases of the three, fp32, or None."""
-
-    gate: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
-    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-
-
 class Checkpoint:
     """An opened checkpoint folder: every tensor known and checked, bytes read on demand with plain reads.
 
@@ -219,21 +209,25 @@ class Checkpoint:
         values = self._read(name, index)
         return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
 
-    def expert(self, layer: int, expert: int, precision: Precision) -> Expert:
-        """An expert's weights as in Expert."""
+    def expert(self, layer: int, expert: int, precision: Precision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """gate, up (intermediate, hidden) and down (hidden, intermediate) of an expert."""
         if self.spec.architecture != "gpt_oss":
             names = expert_tensor_names(self.spec, layer, expert)
             gate, up, down = (self.tensor(name, precision) for name in names)
-            return Expert(gate, up, down)
+            return gate, up, down
         gate_up, down = (
-            self._stacked(stacked_expert_name(layer, part), expert) for part in ("gate_up_proj", "down_proj")
+            self._stacked(stacked_expert_name(layer, f"{part}_proj"), expert) for part in ("gate_up", "down")
         )
-        gate_up_bias, down_bias = (
-            self.tensor_f32(stacked_expert_name(layer, f"{part}_proj_bias"), expert) for part in ("gate_up", "down")
+        rounded = to_bf16 if precision == "bf16" else np.asarray
+        gate, up, down = (np.ascontiguousarray(rounded(w)) for w in (gate_up[::2], gate_up[1::2], down))
+        return gate, up, down
+
+    def expert_biases(self, layer: int) -> np.ndarray:
+        """Of gate, up and down of every expert, (n_experts, 2 * intermediate + hidden) fp32."""
+        gate_up, down = (
+            self.tensor_f32(stacked_expert_name(layer, f"{part}_proj_bias")) for part in ("gate_up", "down")
         )
-        round_ = to_bf16 if precision == "bf16" else np.ascontiguousarray
-        gate, up, down = map(round_, (gate_up[::2], gate_up[1::2], down))
-        return Expert(gate, up, down, (gate_up_bias[::2].copy(), gate_up_bias[1::2].copy(), down_bias))
+        return np.concatenate([gate_up[:, ::2], gate_up[:, 1::2], down], axis=1)
 
     def _stacked(self, name: str, expert: int) -> np.ndarray:
         """One expert's matrix (out, in) of a tensor of all experts, fp32; gate and up rows alternate."""
@@ -271,18 +265,22 @@ class Checkpoint:
 
     def _read(self, name: str, index: int | None = None) -> np.ndarray:
         place = self.places[name]
-        shape, start = place.shape, place.start
+        shape, n_bytes = place.shape, place.n_bytes
         if index is not None:
-            shape, start = shape[1:], start + index * (place.n_bytes // shape[0])
-        values = np.empty(shape, DTYPES.get(place.dtype, np.dtype(np.uint8)))
-        view = values.data.cast("B")
+            shape, n_bytes = shape[1:], n_bytes // shape[0]
+        data = self._read_bytes(place, n_bytes, index or 0)
+        return data.view(DTYPES.get(place.dtype, np.dtype(np.uint8))).reshape(shape)
+
+    def _read_bytes(self, place: TensorPlace, n_bytes: int, index: int) -> np.ndarray:
+        """The index-th n_bytes of a tensor."""
+        data = np.empty(n_bytes, np.uint8)
         done = 0
-        while done < values.nbytes:
-            n_read = os.preadv(self._descriptor(place.shard), [view[done:]], start + done)
+        while done < n_bytes:
+            n_read = os.preadv(self._descriptor(place.shard), [data.data[done:]], place.start + index * n_bytes + done)
             if n_read == 0:
                 raise BadInput(f"{self.folder / place.shard}: the shard became shorter while it was read.")
             done += n_read
-        return values
+        return data
 
     def _samples(self) -> Iterator[bytes]:
         for name in sorted(self.places):
@@ -321,9 +319,18 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_model_spec(folder: Path | str) -> ModelSpec:
-    """The spec of a checkpoint folder, fingerprint included, after checking that all its weights are there."""
-    with Checkpoint(folder) as checkpoint:
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """A folder of safetensors, or a GGUF file."""
+    if Path(path).suffix == ".gguf":
+        from specmoeoff.runtime.gguf_file import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    return Checkpoint(path)
+
+
+def read_model_spec(path: Path | str) -> ModelSpec:
+    """The spec of a checkpoint, fingerprint included, after checking that all its weights are there."""
+    with open_checkpoint(path) as checkpoint:
         return checkpoint.spec
 
 
@@ -332,14 +339,14 @@ def read_model_spec(folder: Path | str) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelPaths:
-    """Folders of a target and of the draft that comes with it, if one does."""
+    """Folders or GGUF files of a target and of the draft that comes with it, if one does."""
 
     target: Path
     draft: Path | None
 
 
 def resolve_model(name_or_path: str | Path) -> ModelPaths:
-    """`demo` builds or finds the demo pair; a folder is itself; anything else is BadInput with the remedy."""
+    """`demo` builds or finds the demo pair; a folder or a GGUF file is itself; anything else is BadInput with the remedy."""
     if str(name_or_path) == "demo":
         from specmoeoff.demo.builder import build_demo
 
@@ -350,10 +357,12 @@ def resolve_model(name_or_path: str | Path) -> ModelPaths:
         is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a folder closed to us, a name too long, ~ of an unknown user
         raise BadInput(f"model {name_or_path}: {error}; give a checkpoint folder or `demo`.") from None
-    if is_folder:
+    if is_folder or (is_there and path.suffix == ".gguf"):
         return ModelPaths(path, None)
     if is_there:
-        raise BadInput(f"{path}: is a file; give the folder that holds config.json and the safetensors files.")
+        raise BadInput(
+            f"{path}: is a file; give the folder that holds config.json and the safetensors files, or a GGUF file."
+        )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name_or_path)):
         raise BadInput(
             f"model {name_or_path}: no such folder; if it is a Hugging Face name, download it first with"

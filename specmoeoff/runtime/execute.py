@@ -96,9 +96,8 @@ class Executor:
         for node in nodes:
             if node.kind == "experts":
                 with trace.run(node):
-                    chosen = [use.expert for use in node.experts]
-                    packed = [store.packed(store.resident[layer, e]) for e in chosen]
-                    model.experts(n_rows, packed, [slots[e] for e in chosen])
+                    packed = {use.expert: store.packed(store.resident[layer, use.expert]) for use in node.experts}
+                    model.experts(layer, n_rows, packed, slots)
                     if not waiting:
                         model.combine(n_rows)
         while waiting:
@@ -106,7 +105,7 @@ class Executor:
             load_node, node = waiting.pop(load)
             trace.note(load_node, load.start_s, load.end_s)
             with trace.run(node):
-                model.experts(n_rows, [store.packed(load.slot)], [slots[load.expert]])
+                model.experts(layer, n_rows, {load.expert: store.packed(load.slot)}, slots)
                 if not waiting:
                     model.combine(n_rows)
             store.release(load)

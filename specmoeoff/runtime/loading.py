@@ -57,7 +57,11 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
         draft = pack_model(draft_folder, progress, plan.model.precision)
     elif plan.decode.drafter == "model":
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
-    opened = Opened(pack_model(folder, progress, plan.model.precision), draft, Tokenizer(folder))
+    opened = Opened(
+        pack_model(folder, progress, plan.model.precision),
+        draft,
+        Tokenizer(folder if folder.is_dir() else folder.parent),
+    )
     needed, available = plan.memory.rss_bytes, available_bytes()
     if needed > available:
         raise MissingCapability(

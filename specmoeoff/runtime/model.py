@@ -1,17 +1,28 @@
 """A decoder's dense weights, KV cache and workspace, and its forward pass in the pieces the graph is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from specmoeoff.estimate.memory import layer_arrays, layer_shape
-from specmoeoff.kernels.cpu import ACTIVATION, Batch, DenseStack, Kernels, LayerWeights, aligned_empty
+from specmoeoff.kernels.cpu import (
+    ACTIVATION,
+    SILU,
+    Batch,
+    DenseStack,
+    Kernels,
+    LayerWeights,
+    Swiglu,
+    aligned_empty,
+)
 from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.rope import rope_tables
 from specmoeoff.specs.model import ModelSpec
+
+GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Model:
         self._embedding, self._head, self._norm = dense["embedding"], dense["lm_head"], dense["norm"]
         cos, sin = rope_tables(spec, n_positions)
         prefixes = [f"layers.{i}." for i in range(spec.n_layers)]
+        self._expert_biases = [dense[prefix + "expert_biases"] for prefix in prefixes if spec.expert_bias]
         self._layers = [
             LayerWeights(
                 layer_shape(spec, i),
@@ -101,11 +113,19 @@ class Model:
         ends = np.cumsum(counts)
         return {int(e): order[ends[e] - counts[e] : ends[e]] for e in np.flatnonzero(counts)}
 
-    def experts(self, n_rows: int, packed: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
-        """Compute packed[i] for the (row, rank) slots[i]."""
-        n_slots = n_rows * self.spec.n_active
+    def experts(
+        self, layer: int, n_rows: int, packed: Mapping[int, np.ndarray], slots: Mapping[int, np.ndarray]
+    ) -> None:
+        """Compute the experts packed[e] for their (row, rank) slots[e]."""
+        biases = self._expert_biases[layer] if self._expert_biases else None
         self._kernels.experts(
-            self.work.normed[:n_rows], packed, slots, self.work.expert_out[:n_slots], self.spec.intermediate
+            self.work.normed[:n_rows],
+            list(packed.values()),
+            [slots[expert] for expert in packed],
+            self.work.expert_out[: n_rows * self.spec.n_active],
+            self.spec.intermediate,
+            biases=None if biases is None else [biases[expert] for expert in packed],
+            swiglu=GPT_OSS_SWIGLU if self.spec.architecture == "gpt_oss" else SILU,
         )
 
     def combine(self, n_rows: int) -> None:

@@ -18,7 +18,7 @@ from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
 from specmoeoff.runtime.architectures import layer_tensors
 from specmoeoff.runtime.build_folder import build_folder
-from specmoeoff.runtime.checkpoint import Checkpoint
+from specmoeoff.runtime.checkpoint import Checkpoint, open_checkpoint
 from specmoeoff.specs.base import FileSpec, Spec
 from specmoeoff.specs.model import ModelSpec, Precision
 
@@ -146,6 +146,8 @@ def _dense_arrays(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[tuple[str
     for layer in range(spec.n_layers):
         for name in layer_arrays(spec, layer):
             yield f"layers.{layer}.{name}", _layer_array(checkpoint, spec, layer, name)
+        if spec.expert_bias:
+            yield f"layers.{layer}.expert_biases", checkpoint.expert_biases(layer)
 
 
 PARTS = {
@@ -207,8 +209,7 @@ def _write_experts(
         for layer in range(spec.n_dense_layers, spec.n_layers):
             row = []
             for expert in range(spec.n_experts):
-                weights = checkpoint.expert(layer, expert, spec.precision)
-                pack_expert(weights.gate, weights.up, weights.down, buffer[:n_bytes])
+                pack_expert(*checkpoint.expert(layer, expert, spec.precision), buffer[:n_bytes])
                 row.append(hashlib.sha256(buffer.data).hexdigest())
                 stream.write(buffer.data)
             # Or the page cache would count hundreds of megabytes of dirty pages before the first sync.
@@ -219,8 +220,8 @@ def _write_experts(
 
 
 def pack_model(folder: Path | str, progress: Progress = lambda *_: None, precision: Precision = "bf16") -> PackedModel:
-    """The packed form of a checkpoint folder, made now if it is not in the cache."""
-    with Checkpoint(folder) as checkpoint:
+    """The packed form of a checkpoint folder or GGUF file, made now if it is not in the cache."""
+    with open_checkpoint(folder) as checkpoint:
         spec = checkpoint.spec.model_copy(update={"precision": precision})
         suffix = "" if precision == "bf16" else f"-{precision}"
         final = cache_dir() / "packed" / f"{spec.fingerprint[:16]}{suffix}"

@@ -313,7 +313,7 @@ def test_a_hub_name_gets_the_command_that_downloads_it() -> None:
 
 
 def test_a_file_or_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.bin"
     path.touch()
     with pytest.raises(BadInput, match="is a file"):
         resolve_model(path)

@@ -1,6 +1,8 @@
 """The engine's arithmetic against transformers', and the demo against its dense original."""
 
+import json
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ def engine_logits(
         for layer in range(spec.n_layers):
             model.attention(layer, make_rows(0, [count], [first], pages.table))
             if layer >= spec.n_dense_layers:
-                slots, first_expert = model.routing(count), packed.expert_number(layer, 0)
-                model.experts(count, [experts[first_expert + e] for e in slots], list(slots.values()))
+                slots = model.routing(count)
+                model.experts(layer, count, {e: experts[packed.expert_number(layer, e)] for e in slots}, slots)
                 model.combine(count)
         model.choose(np.arange(count), logits[first:last])
     return logits
@@ -153,15 +155,27 @@ def test_greedy_generations_of_100_prompts_in_fp32_are_those_of_transformers(
 
 @pytest.mark.slow
 def test_the_real_dense_model_continues_20_prompts_as_transformers_does() -> None:
+    """SmolLM2-135M-Instruct from its GGUF file, in fp32; transformers dequantises the same file by itself."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from specmoeoff.demo.builder import build_demo, demo_prompts, find_gguf
+    from specmoeoff.demo.builder import find_gguf
 
     try:
-        find_gguf()
+        path = find_gguf()
     except MissingCapability as error:
         pytest.skip(str(error))
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model.generation_config.eos_token_id = None
+    lines = (files("specmoeoff.demo") / "prompts.jsonl").read_text().splitlines()[:20]
+    prompts = [
+        np.asarray(tokenizer(json.loads(line)["body"]["messages"][0]["content"])["input_ids"][:120]) for line in lines
+    ]
+    ours = engine_continuations(pack_model(path, precision="fp32"), prompts, 32)
+    for prompt, found in zip(prompts, ours, strict=True):
+        theirs = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=32, do_sample=False, pad_token_id=0)
+        assert found == theirs[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)

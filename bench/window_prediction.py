@@ -20,7 +20,7 @@ from specmoeoff.runtime.batch_files import read_batch, to_request
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.loading import Opened, default_draft, model_folder, open_plan
 from specmoeoff.runtime.process import available_bytes
-from specmoeoff.runtime.validate import Block, Options, Validator
+from specmoeoff.runtime.validate import ANSWERED_TOKENS, Block, Options, Validator
 from specmoeoff.specs.plan import PlainPlan, Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
@@ -62,6 +62,15 @@ def parts_of(profile: HardwareProfile, workload: Workload, batch: int) -> tuple[
     return plan, {k: tuner.part(choice) for k, choice in chosen.items()}
 
 
+def answers(validator: Validator) -> dict[str, list[int]]:
+    """The first tokens of every request's answer, plainly decoded."""
+    with validator._engine({"plain": validator.plain}) as engine:
+        engine.store.bucket.gb_per_s = None
+        engine.submit(replace(r, max_tokens=ANSWERED_TOKENS) for r in validator.requests)
+        list(engine.run())
+        return {s.request.request_id: s.output for s in engine.finished}
+
+
 def measure(validator: Validator, parts: dict[str, PlainPlan], limit: float | None) -> dict[str, list[Block]]:
     """Blocks of every part, in turns."""
     blocks: dict[str, list[Block]] = {name: [] for name in parts}
@@ -82,6 +91,7 @@ def rows_of(
     requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
     validator = Validator(plan, opened, profile, workload, requests, Options(block_windows=WINDOWS))
     everything = validator._everything()
+    validator.answers = answers(validator)
     for regime, limit in (("disk capped", CAP_GB_PER_S), ("all resident", None)):
         if limit is None and everything is None:
             print("all experts do not fit in memory: no CPU-bound windows")

@@ -107,6 +107,7 @@ def _spec_from_config(folder: Path) -> ModelSpec:
     config = _load_object(path, "model config")
     names = config.get("architectures") or ["none"]
     name = names[0] if isinstance(names, list) else names
+    name = name.removesuffix("Eagle") if isinstance(name, str) else name  # SGLang's name of EAGLE heads
     if not isinstance(name, str) or name not in SUPPORTED:
         raise BadInput(f"{path}: architecture {name} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}.")
     architecture = SUPPORTED[name]
@@ -336,8 +337,11 @@ class Checkpoint:
         values = self._read(name)
         return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)
 
+    def _expected(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(spec)
+
     def _check_tensors(self, spec: ModelSpec) -> None:
-        expected = expected_shapes(spec)
+        expected = self._expected(spec)
         for name, shape in expected.items():
             place = self.places.get(name)
             if place is None:

@@ -9,6 +9,7 @@ import numpy as np
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.runtime.drafters import Drafter
+from specmoeoff.runtime.drafters.eagle import EagleDrafter, EagleHead
 from specmoeoff.runtime.drafters.model import ModelDrafter
 from specmoeoff.runtime.drafters.ngram import NgramDrafter
 from specmoeoff.runtime.drafters.none import NoDrafter
@@ -35,7 +36,7 @@ class Engine:
     def __init__(
         self,
         target: PackedModel,
-        draft: PackedModel | None,
+        draft: PackedModel | EagleHead | None,
         decode: PlanDecode,
         experts: PlanExperts,
         threads: PlanThreads,
@@ -59,7 +60,9 @@ class Engine:
             target.expert_bytes,
         )
         self._drafters: dict[str, Drafter] = {"none": NoDrafter(), "ngram": NgramDrafter()}
-        if draft is not None:
+        if isinstance(draft, EagleHead):
+            self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
+        elif draft is not None:
             self._drafters["model"] = ModelDrafter(draft, kernels, self._pages, max_rows)
         self._executor = Executor(self.model, self.store)
         self._free_places = list(range(decode.batch))[::-1]
@@ -84,11 +87,18 @@ class Engine:
         if max_window_rows(decode) > self.model.work.max_rows:
             raise ValueError("the new settings need a larger workspace than the engine was made with")
         if decode.drafter not in self._drafters:
-            raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
+            raise BadInput(
+                f"the plan's drafter is {decode.drafter}, but it names no draft; make the plan anew with `tune`."
+            )
         self.decode = decode
         self._drafter = self._drafters[decode.drafter]
         self._executor.place(experts)
         self._window = 0
+
+    @property
+    def drafters(self) -> dict[str, Drafter]:
+        """By name; one's own can be put in."""
+        return self._drafters
 
     @property
     def uses(self) -> list[dict[int, int]]:
@@ -137,6 +147,12 @@ class Engine:
             for drafter in self._drafters.values():
                 drafter.roll_back(sequence)
 
+    def cancel(self, request_id: str) -> None:
+        """Forget one request, waiting or live, between windows."""
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        for sequence in [s for s in self.live if s.request.request_id == request_id]:
+            self._retire(sequence)
+
     def cancel_all(self) -> None:
         """Forget every request."""
         self._waiting.clear()
@@ -168,6 +184,8 @@ class Engine:
         contexts = [s.kv_tokens for s, _ in live]
         self.last_counts = [len(t) for _, t in live]
         self._executor.forward(self._window, tokens, micro_batches, trace)
+        for drafter in self._drafters.values():
+            drafter.see([s for s, _ in live], self.last_counts)
 
         starts = np.concatenate([[0], np.cumsum([len(t) for _, t in live])])
         wanted = [self._head_rows(s, int(a), int(b)) for (s, _), a, b in zip(live, starts, starts[1:], strict=False)]

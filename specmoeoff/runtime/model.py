@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from specmoeoff.kernels.cpu import Batch, DenseStack, Kernels, LayerShape, LayerWeights, aligned_empty
+from specmoeoff.estimate.memory import layer_shape
+from specmoeoff.kernels.cpu import Batch, DenseStack, Kernels, LayerWeights, aligned_empty
 from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
-from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.specs.model import ModelSpec
 
 
@@ -62,31 +63,33 @@ def rope_tables(spec: ModelSpec, n_positions: int) -> tuple[np.ndarray, np.ndarr
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+class Weights(Protocol):
+    """What a model is made of, such as a PackedModel."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its shape."""
+
+    def load_dense(self) -> dict[str, np.ndarray]:
+        """All weights but the experts', by name; a norm may be left out."""
+
+
 class Model:
     """Everything of a model but its experts."""
 
-    def __init__(self, packed: PackedModel, kernels: Kernels, n_pages: int, n_positions: int, max_rows: int) -> None:
+    def __init__(self, packed: Weights, kernels: Kernels, n_pages: int, n_positions: int, max_rows: int) -> None:
         spec = self.spec = packed.spec
         self._kernels = kernels
         self.kv = KVCache(spec, n_pages)
         self.work = Workspace(spec, max_rows)
         dense = packed.load_dense()
-        self._embedding, self._head, self._norm = dense["embedding"], dense["lm_head"], dense["norm"]
+        self.embedding, self.head, self._norm = dense["embedding"], dense["lm_head"], dense.get("norm")
         cos, sin = rope_tables(spec, n_positions)
-        shape = LayerShape(
-            hidden=spec.hidden,
-            n_heads=spec.n_heads,
-            n_kv_heads=spec.n_kv_heads,
-            head_dim=spec.head_dim,
-            intermediate=spec.intermediate,
-            n_experts=spec.n_experts,
-            n_active=spec.n_active,
-            rms_eps=spec.rms_eps,
-        )
+        shape = layer_shape(spec)
         self._layers = [
             LayerWeights(
                 shape,
-                dense[f"layers.{i}.input_norm"],
+                dense.get(f"layers.{i}.input_norm"),
                 dense[f"layers.{i}.qkv"],
                 dense[f"layers.{i}.o"],
                 dense[f"layers.{i}.post_norm"],
@@ -99,7 +102,7 @@ class Model:
 
     def begin(self, tokens: np.ndarray) -> None:
         """Embed tokens (M,) into the residual stream."""
-        rows = self._embedding[tokens].astype(np.uint32)
+        rows = self.embedding[tokens].astype(np.uint32)
         self.work.x[: len(tokens)] = (rows << 16).view(np.float32)
 
     def attention(self, layer: int, rows: Rows) -> None:
@@ -149,10 +152,16 @@ class Model:
         arrays = (work.normed[:n], work.expert_index[:n], work.expert_weight[:n], work.expert_out[:n])
         self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.k_pages, self.kv.v_pages, *arrays)
 
+    def features(self, n_rows: int) -> np.ndarray:
+        """What the head sees of the pass's rows, (n_rows, hidden) bf16; valid until the next pass."""
+        normed = self.work.normed[:n_rows]
+        self._kernels.rmsnorm(self.work.x[:n_rows], self._norm, self.spec.rms_eps, normed)
+        return normed
+
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """The most likely next token after each of `rows` (n,), int32; logits (n, vocab) float32 if wanted."""
         chosen = np.empty(len(rows), np.int32)
         states = np.ascontiguousarray(self.work.x[rows])
         spec = self.spec
-        self._kernels.head_argmax(states, self._norm, spec.rms_eps, self._head, spec.vocab, chosen, logits)
+        self._kernels.head_argmax(states, self._norm, spec.rms_eps, self.head, spec.vocab, chosen, logits)
         return chosen

@@ -1,6 +1,6 @@
 """Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.experts import fit_union_exponent
+from specmoeoff.runtime.drafters.eagle import EagleHead
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes
@@ -90,16 +91,16 @@ def _distinct(counts: list[int], index: np.ndarray, n_requests: int, n_tokens: i
 
 def observe(
     target: PackedModel,
-    draft: PackedModel | None,
+    drafts: Mapping[DrafterName, PackedModel | EagleHead | None],
     requests: Sequence[Request],
-    drafters: Sequence[DrafterName],
     threads: PlanThreads,
     batch: int,
     n_resident: int,
     name: str,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Workload:
-    """Run the requests once per drafter with long drafts and count. `n_resident` experts are held in memory."""
+    """Run the requests once per drafter, given with its weights if it has any, with long drafts and count. `n_resident`
+    experts are held in memory."""
     spec = target.spec
     context = max(len(r.prompt) + r.max_tokens for r in requests)
     if context > spec.max_positions:
@@ -115,7 +116,7 @@ def observe(
         prefetch=((),) * spec.n_layers,
         stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
     )
-    for turn, drafter in enumerate(drafters):
+    for turn, (drafter, draft) in enumerate(drafts.items()):
         decode = PlanDecode(
             drafter=drafter,
             draft_length=0 if drafter == "none" else LONGEST_DRAFT,
@@ -125,7 +126,7 @@ def observe(
             prefill_chunk_tokens=512,
         )
         counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
-        with Engine(target, draft if drafter == "model" else None, decode, experts, threads) as engine:
+        with Engine(target, draft, decode, experts, threads) as engine:
             engine.accept = counter
             engine.submit(requests)
             total = sum(r.max_tokens for r in requests)
@@ -133,7 +134,7 @@ def observe(
             routing = engine.log_routing()
             for window in engine.run():
                 done += window.tokens
-                progress((turn + done / total) / len(drafters))
+                progress((turn + done / total) / len(drafts))
                 if window.prefill_rows == 0:
                     n_tokens += window.rows
                     index = np.stack(routing)
@@ -151,7 +152,7 @@ def observe(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model_name=spec.name,
         model_fingerprint=spec.fingerprint,
-        draft_fingerprint=draft.spec.fingerprint if draft else None,
+        draft_fingerprint=model.spec.fingerprint if (model := drafts.get("model")) else None,
         n_requests=len(requests),
         prompt_tokens=lengths([len(r.prompt) for r in requests]),
         output_tokens=lengths(output_lengths),

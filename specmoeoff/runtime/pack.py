@@ -124,7 +124,8 @@ def _read_direct(path: Path, offset: int, n_bytes: int) -> np.ndarray:
     return buffer
 
 
-def _pack_weight(weight: np.ndarray) -> np.ndarray:
+def pack_weight(weight: np.ndarray) -> np.ndarray:
+    """(n_out, n_in) bf16 as the kernels want it."""
     out = np.empty(packed_linear_bytes(*weight.shape), np.uint8)
     pack_linear(weight, out)
     return out
@@ -135,18 +136,18 @@ def _dense_arrays(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     embedding = checkpoint.tensor_bf16("model.embed_tokens.weight")
     yield "embedding", embedding
     head = embedding if spec.tie_embeddings else checkpoint.tensor_bf16("lm_head.weight")
-    yield "lm_head", _pack_weight(head)
+    yield "lm_head", pack_weight(head)
     yield "norm", checkpoint.tensor_f32("model.norm.weight")
     for layer in range(spec.n_layers):
         prefix = f"model.layers.{layer}."
         attention = prefix + "self_attn."
         qkv = [checkpoint.tensor_bf16(f"{attention}{part}_proj.weight") for part in "qkv"]
         yield f"layers.{layer}.input_norm", checkpoint.tensor_f32(prefix + "input_layernorm.weight")
-        yield f"layers.{layer}.qkv", _pack_weight(np.concatenate(qkv))
-        yield f"layers.{layer}.o", _pack_weight(checkpoint.tensor_bf16(f"{attention}o_proj.weight"))
+        yield f"layers.{layer}.qkv", pack_weight(np.concatenate(qkv))
+        yield f"layers.{layer}.o", pack_weight(checkpoint.tensor_bf16(f"{attention}o_proj.weight"))
         yield f"layers.{layer}.post_norm", checkpoint.tensor_f32(prefix + "post_attention_layernorm.weight")
         if spec.n_experts > 1:
-            yield f"layers.{layer}.router", _pack_weight(checkpoint.tensor_bf16(router_name(layer)))
+            yield f"layers.{layer}.router", pack_weight(checkpoint.tensor_bf16(router_name(layer)))
 
 
 def _write_dense(checkpoint: Checkpoint, folder: Path) -> dict[str, DenseArray]:

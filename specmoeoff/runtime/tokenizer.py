@@ -40,6 +40,11 @@ class Tokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         return text if isinstance(text, str) else ""
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be asked."""
+        return (self._folder / "chat_template.jinja").is_file() or isinstance(self._config.get("chat_template"), str)
+
     def _template(self) -> str:
         path = self._folder / "chat_template.jinja"
         if path.is_file():

@@ -118,14 +118,23 @@ class ParetoPoint(Spec):
 
 
 class Outlook(Spec):
-    """Around the chosen point. flat_axes: what was not searched, and why. sensitivity: tokens per second over the plan's
-    when one thing is doubled and draft, batch and placement are chosen anew. assumptions: numbers nobody measured here."""
+    """Around the chosen point. flat_axes: what was not searched, and why. assumptions: numbers nobody measured here."""
 
     draft_lengths: tuple[LengthAt, ...] = ()
     pareto: tuple[ParetoPoint, ...] = ()
     flat_axes: dict[str, str] = Field(default_factory=dict)
-    sensitivity: dict[str, float] = Field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
+
+
+class MeasuredTrial(Spec):
+    """A choice that was run while tuning; without rates where it failed, or was not run to the end, for the reason given."""
+
+    drafter: DrafterName
+    draft_length: int
+    batch: int
+    predicted_tokens_per_s: float
+    tokens_per_s: tuple[float, ...]
+    failure: str = ""
 
 
 class PlanInputs(Spec):
@@ -160,6 +169,7 @@ class Plan(FileSpec):
     curve: tuple[CurvePoint, ...] = ()
     gpu: PlanGpu | None = None
     outlook: Outlook | None = None
+    measured: tuple[MeasuredTrial, ...] = ()
 
 
 class PlainPlan(Spec):

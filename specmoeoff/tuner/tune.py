@@ -19,6 +19,7 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
+    MeasuredTrial,
     PlainPlan,
     Plan,
     PlanDecode,
@@ -32,6 +33,7 @@ from specmoeoff.specs.plan import (
 )
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
+from specmoeoff.tuner.measure import Measure, Trials, best_by_optuna
 from specmoeoff.tuner.search import SearchName, exhaustive, lengths_once, optuna_search
 from specmoeoff.tuner.space import Choice, make_space, place
 
@@ -61,7 +63,7 @@ class TuneRequest:
     storage: str | None = None
     command: str = ""
     measure_top: int = 0
-    measure: Callable[[Plan], float] | None = field(default=None, compare=False)
+    measure: Measure | None = field(default=None, compare=False)
     progress: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
     def inputs(self, n_evaluated: int) -> PlanInputs:
@@ -242,7 +244,9 @@ class Tuner:
             predicted=self._predictions[key],
         )
 
-    def plan(self, choice: Choice, plain: Choice, ranked: list[Choice]) -> Plan:
+    def plan(
+        self, choice: Choice, plain: Choice, ranked: list[Choice], measured: tuple[MeasuredTrial, ...] = ()
+    ) -> Plan:
         """The whole plan."""
         r = self.request
         same_batch = [c for c in ranked if c.batch == choice.batch]
@@ -266,6 +270,7 @@ class Tuner:
             inputs=r.inputs(self.n_evaluated),
             plain=self.part(plain),
             curve=tuple(curve),
+            measured=measured,
         )
 
     def nothing_fits(self) -> SpecMoEOffError:
@@ -302,21 +307,26 @@ def tune(request: TuneRequest) -> Plan:
     if not ranked:
         raise tuner.nothing_fits()
     best = ranked[0]
+
+    def plain_at(batch: int) -> Choice:
+        plainly = replace(space, draft_lengths={"none": (0,)}, batches=(batch,))
+        return exhaustive(plainly, tuner.price, tuner.bound)[0]
+
     # Plain decoding at the same batch is the baseline and always a candidate, whatever a sampler looked at.
-    plainly = replace(space, draft_lengths={"none": (0,)}, batches=(best.batch,))
-    plain = exhaustive(plainly, tuner.price, tuner.bound)[0]
+    plain = plain_at(best.batch)
     ranked = [*dict.fromkeys([*ranked, plain])]
     if tuner.part(plain).predicted.tokens_per_s >= tuner.part(best).predicted.tokens_per_s:
         best = plain
-    if r.measure is not None and r.measure_top:
-        best = _measured_best(tuner, ranked, plain, r.measure, r.measure_top)
-    return tuner.plan(best, plain, ranked)
-
-
-def _measured_best(
-    tuner: Tuner, ranked: list[Choice], plain: Choice, measure: Callable[[Plan], float], n: int
-) -> Choice:
-    """The best by measurement of the top n, each of another draft length, and plain decoding."""
-    same_batch = [c for c in ranked if c.batch == plain.batch]
-    candidates = [*dict.fromkeys([*islice(lengths_once(same_batch), n), plain])]
-    return max(candidates, key=lambda c: measure(tuner.plan(c, plain, ranked)))
+    if r.measure is None or not r.measure_top:
+        return tuner.plan(best, plain, ranked)
+    trials = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
+    if r.search == "optuna":
+        problem = sha256_text(repr((space, tuner.problem, "measured")))[:12]
+        starts = [plain, *islice(lengths_once(ranked), max(1, r.measure_top // 3))]
+        study = (r.measure_top, r.seed, problem, r.storage, r.progress)
+        best = best_by_optuna(trials, space, tuner.price, starts, *study)
+    else:
+        best = trials.best([*islice(lengths_once(ranked), r.measure_top), plain])
+    if best.batch != plain.batch:
+        plain = plain_at(best.batch)
+    return tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)

@@ -294,12 +294,13 @@ class LayerWeights:
     """The dense weights of a layer, checked once.
 
     input_norm, post_norm (hidden,) float32; qkv, o, router packed; cosines, sines (n_positions, head_dim / 2) float32.
+    Without input_norm attention sees the residual stream as it is.
     """
 
     def __init__(
         self,
         shape: LayerShape,
-        input_norm: np.ndarray,
+        input_norm: np.ndarray | None,
         qkv: np.ndarray,
         o: np.ndarray,
         post_norm: np.ndarray,
@@ -314,7 +315,7 @@ class LayerWeights:
             raise ValueError("router: needed exactly where there is more than one expert")
         width = shape.n_heads * shape.head_dim
         self.c_struct = _Layer(
-            _pointer(input_norm, np.float32, (shape.hidden,), "input_norm"),
+            None if input_norm is None else _pointer(input_norm, np.float32, (shape.hidden,), "input_norm"),
             _packed(qkv, packed_linear_bytes(shape.qkv_width, shape.hidden), "qkv"),
             _packed(o, packed_linear_bytes(shape.hidden, width), "o"),
             _pointer(post_norm, np.float32, (shape.hidden,), "post_norm"),
@@ -409,12 +410,12 @@ class Kernels:
         _apart([("out", out)], ("x", x), ("packed", packed))
         _library().smo_linear(self._isa, self.n_threads, source, m, n_in, weight, n_out, target)
 
-    def rmsnorm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
-        """out (M, H) bf16 = x (M, H) float32 normalised and weighted."""
+    def rmsnorm(self, x: np.ndarray, weight: np.ndarray | None, eps: float, out: np.ndarray) -> None:
+        """out (M, H) bf16 = x (M, H) float32 normalised and weighted, or as it is where there is no weight."""
         source, m, n = _matrix(x, np.float32, "x", LANES)
-        scale = _pointer(weight, np.float32, (n,), "weight")
+        scale = None if weight is None else _pointer(weight, np.float32, (n,), "weight")
         target = _pointer(out, np.uint16, (m, n), "out", write=True)
-        _apart([("out", out)], ("x", x), ("weight", weight))
+        _apart([("out", out)], ("x", x), *([] if weight is None else [("weight", weight)]))
         _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, _epsilon("eps", eps), target)
 
     def verify_attention(
@@ -625,21 +626,22 @@ class Kernels:
     def head_argmax(
         self,
         x: np.ndarray,
-        norm: np.ndarray,
+        norm: np.ndarray | None,
         eps: float,
         packed: np.ndarray,
         vocab: int,
         out: np.ndarray,
         logits: np.ndarray | None = None,
     ) -> None:
-        """out (M,) int32: the token with the highest logit (lowest on ties) after final norm and head; logits (M, vocab)."""
+        """out (M,) int32: the token with the highest logit (lowest on ties) after final norm (None: there is none) and
+        head; logits (M, vocab)."""
         states, m, hidden = _matrix(x, np.float32, "x", LANES)
-        scale = _pointer(norm, np.float32, (hidden,), "norm")
+        scale = None if norm is None else _pointer(norm, np.float32, (hidden,), "norm")
         weight = _packed(packed, packed_linear_bytes(_size("vocab", vocab), hidden), "packed")
         target = _pointer(out, np.int32, (m,), "out", write=True)
         table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits", write=True)
         written = [("out", out)] if logits is None else [("out", out), ("logits", logits)]
-        _apart(written, ("x", x), ("norm", norm), ("packed", packed))
+        _apart(written, ("x", x), ("packed", packed), *([] if norm is None else [("norm", norm)]))
         _epsilon("eps", eps)
         library = _library()
         scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads))

@@ -98,10 +98,13 @@ void smo_linear(int isa, int threads, const uint16_t *x, int m, int n_in, const 
     EACH_THREAD(threads, linear_rows(ISAS[isa], x, m, n_in, w, n_out, out, 0));
 }
 
+/* Without a weight, x as it is. */
 static void rmsnorm_rows(const isa_t *isa, const float *x, int m, int n, const float *weight, float eps, uint16_t *out)
 {
 #pragma omp for schedule(static)
-    for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * n, weight, eps, n, out + (size_t)r * n);
+    for (int r = 0; r < m; r++)
+        if (weight) isa->rmsnorm(x + (size_t)r * n, weight, eps, n, out + (size_t)r * n);
+        else isa->to_bf16(x + (size_t)r * n, 1.f, n, out + (size_t)r * n);
 }
 
 void smo_rmsnorm(int isa, int threads, const float *x, int m, int n, const float *weight, float eps, uint16_t *out)
@@ -344,8 +347,7 @@ static void head_rows(const isa_t *isa, const float *x, int m, int hidden, const
                 best[r] = -INFINITY;
                 best_index[r] = INT32_MAX;
             }
-#pragma omp for schedule(static)
-            for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * hidden, norm, eps, hidden, normed + (size_t)r * hidden);
+            rmsnorm_rows(isa, x, m, hidden, norm, eps, normed);
 #pragma omp for schedule(dynamic, 4)
             for (int s = 0; s < strips(vocab); s++) {
                 const int columns = vocab - s * COLUMNS < COLUMNS ? vocab - s * COLUMNS : COLUMNS;

@@ -54,7 +54,7 @@ typedef struct {
 } layer_shape_t;
 
 typedef struct {
-    const float *input_norm;    /* (hidden) */
+    const float *input_norm;    /* (hidden); NULL: none */
     const uint16_t *qkv;        /* packed, n_out = (n_heads + 2 n_kv_heads) * head_dim */
     const uint16_t *o;          /* packed, n_out = hidden */
     const float *post_norm;     /* (hidden) */

@@ -10,6 +10,9 @@ from specmoeoff.runtime.trace import Trace
 class Drafter(Protocol):
     """Proposes tokens for a batch; after verification it is told to roll back to what was accepted."""
 
+    def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
+        """The target has run a pass: counts[i] rows of sequences[i], after its kv_tokens."""
+
     def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[list[int]]:
         """At most lengths[i] tokens that may follow sequences[i]."""
 

@@ -70,3 +70,6 @@ class ModelDrafter:
     def forget(self, sequence: TokenSequence) -> None:
         """See Drafter."""
         self._kv_tokens[sequence.slot] = 0
+
+    def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
+        """See Drafter."""

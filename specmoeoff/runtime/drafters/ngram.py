@@ -30,3 +30,6 @@ class NgramDrafter:
 
     def forget(self, sequence: TokenSequence) -> None:
         """See Drafter."""
+
+    def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
+        """See Drafter."""

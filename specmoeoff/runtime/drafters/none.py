@@ -18,3 +18,6 @@ class NoDrafter:
 
     def forget(self, sequence: TokenSequence) -> None:
         """See Drafter."""
+
+    def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
+        """See Drafter."""

@@ -252,7 +252,7 @@ class Validator:
             k, longest = max(k, *SWEEP_LENGTHS), max(len(r.prompt) for r in self.requests)
             windows = max(self.options.block_windows, self.options.uncapped_block_windows) + 2
             context = min(max(context, longest + windows * (k + 1)), self.spec.max_positions)
-        widest = first.decode.model_copy(update={"draft_length": k, "context_tokens": context, "drafter": "none"})
+        widest = first.decode.model_copy(update={"draft_length": k, "context_tokens": context, "drafter": "none", "kv_tokens": None})
         slots = max(p.experts.n_resident + p.experts.stream_slots for p in parts.values())
         if len(parts) == 1:
             widest = first.decode

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from specmoeoff.errors import BadInput
-from specmoeoff.runtime.drafters.ngram import lookup
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.expert_store import TokenBucket
 from specmoeoff.runtime.pack import PackedModel, pack_model
@@ -207,9 +206,3 @@ def test_the_token_bucket_holds_its_rate() -> None:
         bucket.take(1_000_000)
     seconds = time.perf_counter() - begun
     assert 0.19 <= seconds < 0.5  # 0.2 s at 0.5 GB/s; a busy machine may wake late
-
-
-def test_lookup_continues_the_latest_match() -> None:
-    assert lookup([1, 2, 3, 9, 1, 2, 3, 4, 1, 2, 3], 3) == [4, 1, 2]
-    assert lookup([1, 2, 3], 3) == []
-    assert accept([4, 5, 6], [4, 5, 7, 8]) == 2

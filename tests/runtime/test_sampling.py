@@ -84,8 +84,8 @@ def tables(sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_two(p: np.ndarray, q: np.ndarray | None, k: int, uniform: np.ndarray) -> np.ndarray:
-    """Tokens 0 and 1 after token 0, (n, 2), by rounds of k drafts; q None: drafts are the likeliest tokens of the target's
-    tables rolled by one, right now and then. uniform (n, k + 2, 4)."""
+    """Tokens 0 and 1 after token 0, (n, 2), by rounds of k drafts; q None: the drafter is certain, and
+    right now and then. uniform (n, k + 2, 4)."""
     n = len(uniform)
     out = np.full((n, 2), -1)
     last, done = np.zeros(n, int), np.zeros(n, int)
@@ -94,7 +94,7 @@ def first_two(p: np.ndarray, q: np.ndarray | None, k: int, uniform: np.ndarray) 
         drafted = np.empty((len(open_), k), int)
         at = before = last[open_]
         for i in range(k):
-            at = (p.argmax(1) + at % 2)[at] % VOCAB if q is None else draw(q[at], here[:, i, Purpose.DRAFT])
+            at = (p.argmax(1)[at] + at % 2) % VOCAB if q is None else draw(q[at], here[:, i, Purpose.DRAFT])
             drafted[:, i] = at
         given = np.concatenate([before[:, None], drafted], axis=1)
         n_accepted, token = verify_sampled(p[given], None if q is None else q[given[:, :-1]], drafted, here)

@@ -71,7 +71,7 @@ class Body(BaseModel):
         for field in value if isinstance(value, dict) else ():
             nothing = (None, *ASK_NOTHING.get(field, ()))
             if field not in cls.model_fields and field not in NO_EFFECT and value[field] not in nothing:
-                raise PydanticCustomError("unsupported", "{field} is not supported; leave it out", {"field": field})
+                raise PydanticCustomError("unsupported", "{name} is not supported; leave it out", {"name": field})
         return value
 
     @property
@@ -335,7 +335,7 @@ class Journal:
 
     def add(self, answer: dict[str, Any]) -> None:
         """Keep one finished answer."""
-        place = os.fstat(self._stream.fileno()).st_size
+        place = self._stream.seek(0, os.SEEK_END)
         self._append(answer)
         self._places[answer["custom_id"]] = place
 

@@ -609,13 +609,19 @@ def run(
         result.save(record)
     if trace:
         job.save_trace(trace)
-    summary = {"requests": result.n_requests, "tokens": result.n_tokens, "seconds": round(result.duration_s, 3)}
+    summary = {
+        "requests": result.n_requests,
+        "failed": job.n_failed,
+        "tokens": result.n_tokens,
+        "seconds": round(result.duration_s, 3),
+    }
     if as_json:
         typer.echo(json.dumps({**summary, "output": str(output)}))
         return
     rate = f", {result.n_tokens / result.duration_s:.1f} tokens/s" if result.duration_s and result.n_tokens else ""
+    failed = f"; {job.n_failed} could not be answered, their lines say why" if job.n_failed else ""
     typer.echo(
-        f"{result.n_requests} requests, {result.n_tokens} tokens in {result.duration_s:.1f} s{rate}; wrote {output}"
+        f"{result.n_requests} requests, {result.n_tokens} tokens in {result.duration_s:.1f} s{rate}; wrote {output}{failed}"
     )
 
 

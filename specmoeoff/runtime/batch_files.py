@@ -34,6 +34,7 @@ ASK_NOTHING: dict[str, tuple[object, ...]] = {
     "tools": ([],),
 }
 MOST_STOPS = 4
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class Message(BaseModel):
@@ -58,7 +59,7 @@ class Body(BaseModel):
     top_k: int | None = Field(default=None, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, max_length=MOST_STOPS)
+    stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=MOST_STOPS)] | None = None
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     n: int | None = None
@@ -255,7 +256,9 @@ class Journal:
         self._ids = [line.custom_id for line in lines]
         inputs = sha256_text(json.dumps([line.model_dump(mode="json") for line in lines]))
         self._key = {"plan": plan_sha256, "input": inputs, "--ignore-eos": ignore_eos}
-        self._places: dict[str, int] = {}  # where in the journal an answer begins: the answers themselves stay on the disk
+        self._places: dict[
+            str, int
+        ] = {}  # where in the journal an answer begins: the answers themselves stay on the disk
         self._stream = self._open()
         try:
             self._recover()

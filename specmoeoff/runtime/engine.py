@@ -182,9 +182,7 @@ class Engine:
 
         starts = np.concatenate([[0], np.cumsum([len(t) for _, t in live])])
         self._fail([s for s, _ in live], starts)
-        wanted = {
-            s: self._head_rows(s, int(a), int(b)) for (s, _), a, b in zip(live, starts, starts[1:], strict=False)
-        }
+        wanted = {s: self._head_rows(s, int(a), int(b)) for (s, _), a, b in zip(live, starts, starts[1:], strict=False)}
         greedy = [s for s in wanted if not s.request.needs_logits]
         n_head = sum(map(len, wanted.values()))
         with trace.run(trace.builder.head(n_head)):

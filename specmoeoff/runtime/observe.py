@@ -1,7 +1,7 @@
 """Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -11,6 +11,7 @@ from specmoeoff.estimate.experts import fit_union_exponent
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes
+from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
@@ -127,7 +128,7 @@ def observe(
         counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
         with Engine(target, draft if drafter == "model" else None, decode, experts, threads) as engine:
             engine.accept = counter
-            engine.submit(requests)
+            engine.submit(replace(r, sampling=GREEDY) for r in requests)
             total = sum(r.max_tokens for r in requests)
             done = 0
             routing = engine.log_routing()

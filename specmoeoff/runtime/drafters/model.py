@@ -39,7 +39,9 @@ class ModelDrafter:
             pending = [(sequences[i].tokens + drafts[i])[self._kv_tokens[sequences[i].slot] :] for i in live]
             taken = self._fit([len(p) for p in pending])
             complete = [i for i, n, p in zip(live, taken, pending, strict=True) if n == len(p)]
-            logits = self._logits(len(live)) if any(not sequences[i].request.sampling.greedy for i in complete) else None
+            logits = (
+                self._logits(len(live)) if any(not sequences[i].request.sampling.greedy for i in complete) else None
+            )
             slots = [sequences[i].slot for i in live]
             chosen = self._pass(slots, [p[:n] for p, n in zip(pending, taken, strict=True)], logits, trace, step)
             step += 1

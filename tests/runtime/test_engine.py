@@ -301,10 +301,13 @@ def test_log_probabilities_are_those_of_the_logits(pair: tuple[PackedModel, Pack
 @pytest.mark.parametrize("drafter", ["ngram", "model"])
 def test_the_engine_leaves_the_distribution(save_model: Callable[..., Path], drafter: str) -> None:
     """Chi-square of 6,000 requests' first three tokens, the later two drafted, against plain decoding's probabilities."""
-    shape = {"vocab_size": 48, "num_hidden_layers": 2}
+    vocab, n = 16, 6000
+    shape = {"vocab_size": vocab, "num_hidden_layers": 2}
     # larger weights: a distribution that is not flat, and a draft that is sometimes right
     target, draft = (pack_model(save_model(kind, initializer_range=0.15, **shape)) for kind in ("mixtral", "llama"))
-    sampling, n, prompt = Sampling(temperature=1.5, top_k=4), 6000, (5, 6, 7, 5, 6, 7, 5, 6)
+    sampling = Sampling(temperature=1.5, top_k=4)
+    # whatever comes first was seen after a 6 before, so prompt lookup drafts too
+    prompt = (*(t for first in range(vocab) for t in (6, first, 3 * first % vocab)), 6)
     decode = PlanDecode(
         drafter=drafter,  # type: ignore[arg-type]
         draft_length=2,
@@ -318,19 +321,19 @@ def test_the_engine_leaves_the_distribution(save_model: Callable[..., Path], dra
         target, draft, decode, experts, PlanThreads(compute=2, disk_readers=1, disk_chunk_bytes=4096)
     ) as engine:
         engine.submit(Request(str(i), prompt, 4, sampling=replace(sampling, seed=i)) for i in range(n))
-        drafted = sum(w.rows - w.live - w.prefill_rows for w in engine.run())
+        drafted = sum(sum(rows - 1 for rows in engine.last_counts if rows <= 3) for _ in engine.run())
         seen = Counter(tuple(s.output[:3]) for s in engine.finished)
-        assert drafted > n / 10
+        assert drafted > n / 2
         engine.finished.clear()
         engine.configure(decode.model_copy(update={"drafter": "none", "draft_length": 0}), experts)
 
         def following(texts: list[tuple[int, ...]]) -> list[dict[int, float]]:
             """Probabilities after each text, by way of the log-probabilities told."""
-            engine.submit(Request(str(i), text, 1, top_logprobs=48) for i, text in enumerate(texts))
+            engine.submit(Request(str(i), text, 1, top_logprobs=vocab) for i, text in enumerate(texts))
             list(engine.run())
             done = sorted(engine.finished, key=lambda s: int(s.request.request_id))
             engine.finished.clear()
-            logits = np.full((len(done), 48), -np.inf, np.float32)
+            logits = np.full((len(done), vocab), -np.inf, np.float32)
             for row, s in zip(logits, done, strict=True):
                 for token, logprob in s.logprobs[0].top:
                     row[token] = logprob

@@ -242,14 +242,18 @@ def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[st
 
 def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_path: Path) -> None:
     asked = {"prompt": "w5 w6 w7", "max_tokens": 40, "temperature": 1, "seed": 3}
-    write_lines(tmp_path / "in.jsonl", [asked])
+    write_lines(tmp_path / "in.jsonl", [asked], url="/v1/completions")
     whole = run_here(job, tmp_path)["r0"]["response"]["body"]["choices"][0]
     words = whole["text"].split()
     assert len(words) == 40
     assert whole["finish_reason"] == "length"
     at = next(i for i in range(10, 39) if " ".join(words).find(f"{words[i]} {words[i + 1]}") > 20)
     stop = f"{words[at][1:]} {words[at + 1]}"  # begins inside one token, ends with the next
-    write_lines(tmp_path / "in.jsonl", [{**asked, "stop": ["never", stop], "logprobs": 2}, {**asked, "stop": "w"}])
+    write_lines(
+        tmp_path / "in.jsonl",
+        [{**asked, "stop": ["never", stop], "logprobs": 2}, {**asked, "stop": "w"}],
+        url="/v1/completions",
+    )
     first, second = (a["response"]["body"] for a in run_here(job, tmp_path).values())
     choice = first["choices"][0]
     assert choice["finish_reason"] == "stop"
@@ -279,7 +283,7 @@ def test_chats_tell_log_probabilities_in_their_own_shape(job: list[str], checkpo
 
 def test_the_end_token_ends_an_answer_and_is_not_in_its_text(job: list[str], tmp_path: Path) -> None:
     bodies = [{"prompt": "w5", "max_tokens": 150, "temperature": 2, "seed": i} for i in range(8)]
-    write_lines(tmp_path / "in.jsonl", bodies)
+    write_lines(tmp_path / "in.jsonl", bodies, url="/v1/completions")
     choices = [a["response"]["body"]["choices"][0] for a in run_here(job, tmp_path, ignore_eos=False).values()]
     ended = [c for c in choices if c["finish_reason"] == "stop"]
     assert ended

@@ -71,15 +71,15 @@ def run_grid(
         with Engine(target, draft, widest, experts, threads) as engine:
 
             def outputs(todo: Sequence[Request], engine: Engine = engine) -> tuple[dict[str, list[int]], float]:
-                """Of requests, and tokens for each request's round after the prompt."""
+                """Of requests, and tokens a round, over the windows in which nobody's prompt rode along."""
                 engine.submit(todo)
                 rounds = tokens = 0
                 for window in engine.run():
-                    rounds += sum(s.n_output > 0 for s in [*engine.live, *engine.finished])
-                    tokens += window.tokens
+                    if not window.prefill_rows:
+                        rounds, tokens = rounds + window.live, tokens + window.tokens
                 found = {s.request.request_id: s.output for s in engine.finished}
                 engine.finished.clear()
-                return found, tokens / rounds
+                return found, tokens / max(rounds, 1)
 
             if not plain:
                 engine.configure(widest.model_copy(update={"drafter": "none", "draft_length": 0}), experts)

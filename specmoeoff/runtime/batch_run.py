@@ -38,7 +38,7 @@ class BatchRun:
     ) -> None:
         self._plan = plan
         lines = read_batch(input_file)
-        opened = self._opened = open_plan(plan, progress)
+        self._opened = open_plan(plan, progress)
         self._lines = {line.custom_id: line for line in lines}
         self._ignore_eos = ignore_eos
         self._limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s

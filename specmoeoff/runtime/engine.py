@@ -346,5 +346,5 @@ class Engine:
             n_accepted = self.accept(drafted, answers) if sequence.n_output else 0
             return [*drafted[:n_accepted], answers[n_accepted]]
         p, uniform = distribution(logits, sampling), uniforms(sampling.seed, len(sequence.tokens), len(logits))
-        n_accepted, token = verify_sampled(p, proposal.q, np.asarray(drafted, np.int64), uniform)
-        return [*drafted[: int(n_accepted)], int(token)]
+        n_stand, token = verify_sampled(p, proposal.q, np.asarray(drafted, np.int64), uniform)
+        return [*drafted[: int(n_stand)], int(token)]

@@ -260,7 +260,7 @@ def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_p
     assert choice["text"] == whole["text"][: whole["text"].index(stop)]
     assert stop not in choice["text"]
     assert choice["token_ids"] == whole["token_ids"][: first["usage"]["completion_tokens"]]
-    assert choice["logprobs"]["tokens"] == choice["text"].split()[:-1] + [words[at]]
+    assert choice["logprobs"]["tokens"] == [*choice["text"].split()[:-1], words[at]]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * len(choice["logprobs"]["tokens"])
     assert second["choices"][0]["text"] == ""
     assert second["usage"]["completion_tokens"] == 1

@@ -49,8 +49,10 @@ def test_tied_logits_stay_together_in_top_k() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)]
-    + [("min_p", -0.1), ("min_p", 2.0), ("seed", -1), ("seed", 1 << 64)],
+    [
+        *(("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)),
+        *(("min_p", -0.1), ("min_p", 2.0), ("seed", -1), ("seed", 1 << 64)),
+    ],
 )
 def test_what_makes_no_sense_is_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}"):

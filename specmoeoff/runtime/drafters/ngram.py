@@ -23,9 +23,8 @@ class NgramIndex:
                 self._ends[tuple(tokens[end - n : end])] = end
         self.n_tokens = len(tokens)
         for n in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
-            end = self._ends.get(tuple(tokens[-n:]))
-            if end is not None:
-                return list(tokens[end : end + length])
+            if after := self._ends.get(tuple(tokens[-n:])):
+                return list(tokens[after : after + length])
         return []
 
 

@@ -10,6 +10,8 @@ pairs. Prints both claims with the 95 % interval of the paired ratios and writes
 import argparse
 import time
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +32,7 @@ from specmoeoff.tuner.space import Choice, make_space
 from specmoeoff.tuner.tune import Tuner, TuneRequest
 
 CAP_GB_PER_S, CONTEXT_TOKENS, TRIALS = 1.0, 320, 12
-LENGTHS, BATCHES, SLOTS = (0, 1, 2, 4, 6, 8, 11, 15), (4, 8, 16), 2
+LENGTHS, LONGEST, BATCHES, SLOTS = (0, 1, 2, 4, 6, 8, 11, 15), 15, (4, 8, 16), 2
 PAIRS = 7
 
 
@@ -54,7 +56,10 @@ class Measured:
         self.tuner, self.windows = Tuner(self.request), windows
         r = self.request
         space = make_space(profile, r.model, r.draft, workload, self.tuner.n_slots, None)
-        self.space = replace(space, batches=BATCHES, n_threads=(max(space.n_threads),))
+        known = len(workload.acceptance["model"].conditional)
+        lengths = {"none": (0,), "model": tuple(range(1, min(LONGEST, known) + 1))}
+        self.space = replace(space, draft_lengths=lengths, batches=BATCHES, n_threads=(max(space.n_threads),))
+        self.plain = cache(lambda batch: self.best(draft_lengths={"none": (0,)}, batches=(batch,))[0])
         self.rows: list[dict[str, object]] = []
         self.begun = time.perf_counter()
 
@@ -63,7 +68,7 @@ class Measured:
         return exhaustive(replace(self.space, **axes), self.tuner.price, self.tuner.bound)  # type: ignore[arg-type]
 
     def plan(self, choice: Choice) -> Plan:
-        (plain,) = self.best(draft_lengths={"none": (0,)}, batches=(choice.batch,))[:1]
+        plain = self.plain(choice.batch)
         return self.tuner.plan(choice, plain, [choice, plain])
 
     def rate(self, plan: Plan) -> float:
@@ -96,11 +101,9 @@ def grid(m: Measured, lengths: tuple[int, ...], batches: tuple[int, ...]) -> lis
     return found
 
 
-def study(m: Measured, n_trials: int) -> Choice:
+def study(m: Measured, ranked: list[Choice], n_trials: int) -> Choice:
     """The plan `tune --search optuna --measure N` would take."""
-    ranked = m.best()
-    plain = m.best(draft_lengths={"none": (0,)}, batches=(ranked[0].batch,))[0]
-    starts = [plain, *(c for c, _ in zip(lengths_once(ranked), range(n_trials // 3), strict=False))]
+    starts = [m.plain(ranked[0].batch), *islice(lengths_once(ranked), n_trials // 3)]
     trials = Trials(m.plan, m.rate)
     chosen = best_by_optuna(trials, m.space, m.tuner.price, starts, n_trials, 0, "bench", None, lambda share: None)
     for choice, rates in trials._rates.items():
@@ -129,9 +132,11 @@ def main() -> None:
     options = parser.parse_args()
     quick = options.quick
     m = Measured(HardwareProfile.load(options.profile), Workload.load(options.workload), 1 if quick else 3)
-    predicted = m.best()[0]
-    chosen = study(m, 3 if quick else TRIALS)
-    found = grid(m, LENGTHS[::4] if quick else LENGTHS, BATCHES[:1] if quick else BATCHES)
+    if quick:
+        m.space = replace(m.space, draft_lengths={"none": (0,), "model": (4, 8)}, batches=BATCHES[:1])
+    ranked = m.best()
+    chosen, predicted = study(m, ranked, 3 if quick else TRIALS), ranked[0]
+    found = grid(m, (0, 4, 8) if quick else LENGTHS, BATCHES[:1] if quick else BATCHES)
     n_pairs = 2 if quick else PAIRS
     in_pairs(m, "Optuna's plan over the grid's best", chosen, max(found, key=lambda f: f[0])[1], n_pairs)
     same = [f for f in found if f[1].batch == predicted.batch] or found

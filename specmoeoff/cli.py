@@ -646,13 +646,19 @@ def run(
             result.save(record)
         if trace:
             job.save_trace(trace)
-        summary = {"requests": result.n_requests, "tokens": result.n_tokens, "seconds": round(result.duration_s, 3)}
+        summary = {
+            "requests": result.n_requests,
+            "failed": job.n_failed,
+            "tokens": result.n_tokens,
+            "seconds": round(result.duration_s, 3),
+        }
     if as_json:
         typer.echo(json.dumps({**summary, "output": str(output)}))
         return
     n_requests, n_tokens, seconds = summary["requests"], summary["tokens"], summary["seconds"]
     rate = f", {n_tokens / seconds:.1f} tokens/s" if seconds and n_tokens else ""
-    typer.echo(f"{n_requests} requests, {n_tokens} tokens in {seconds:.1f} s{rate}; wrote {output}")
+    failed = f"; {summary['failed']} could not be answered, their lines say why" if summary.get("failed") else ""
+    typer.echo(f"{n_requests} requests, {n_tokens} tokens in {seconds:.1f} s{rate}; wrote {output}{failed}")
 
 
 def _stream_prompt(

@@ -7,22 +7,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from specmoeoff import __version__
+from specmoeoff.errors import BadInput
 from specmoeoff.estimate.trace import Span, chrome_trace
 from specmoeoff.files import sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
-from specmoeoff.runtime.batch_files import Journal, read_batch, to_request, to_response
+from specmoeoff.runtime.batch_files import Journal, error_line, read_batch, to_request, to_response
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.runtime.process import disk_bytes_read, peak_rss_bytes
+from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.record import RunRecord, Window
 
-TRACED_WINDOWS = 8
+TRACED_WINDOWS, RECORDED_WINDOWS = 8, 4096
 
 
 class BatchRun:
-    """One batch file under one plan. Bad input is refused before anything is written."""
+    """One batch file under one plan. A file that is none is refused before anything is written; a request that cannot be
+    answered gets a line that says why."""
 
     def __init__(
         self,
@@ -35,11 +38,9 @@ class BatchRun:
     ) -> None:
         self._plan = plan
         lines = read_batch(input_file)
-        opened = self._opened = open_plan(plan, progress)
-        self._requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos) for line in lines]
-        for request in self._requests:
-            Engine.check_fits(request, plan.decode.context_tokens)
-        self._urls = {line.custom_id: line.url for line in lines}
+        self._opened = open_plan(plan, progress)
+        self._lines = {line.custom_id: line for line in lines}
+        self._ignore_eos = ignore_eos
         self._limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
         self._journal = Journal(output, lines, sha256_text(plan.text()), ignore_eos)
         self._traces: deque[tuple[Window, Trace]] = deque(maxlen=TRACED_WINDOWS)
@@ -47,16 +48,22 @@ class BatchRun:
     def run(self, progress: Callable[[int, int], None], say: Callable[[str], None] | None) -> RunRecord:
         """Finish what is missing; an interruption keeps what was finished."""
         plan, opened, journal = self._plan, self._opened, self._journal
-        missing = set(journal.missing)
-        todo = [r for r in self._requests if r.request_id in missing]
-        windows: list[Window] = []
-        planned_bytes = read_bytes = n_tokens = 0
+        windows: deque[Window] = deque(maxlen=RECORDED_WINDOWS)
+        planned_bytes = read_bytes = n_tokens = self.n_failed = 0
         begun = time.perf_counter()
         try:
+            todo = self._requests(journal.missing)
             if todo:
                 before = disk_bytes_read()
+                lengths = plan.outlook.draft_lengths if plan.outlook else ()
                 with Engine(
-                    opened.target, opened.draft, plan.decode, plan.experts, plan.threads, self._limit
+                    opened.target,
+                    opened.draft,
+                    plan.decode,
+                    plan.experts,
+                    plan.threads,
+                    self._limit,
+                    draft_lengths=lengths,
                 ) as engine:
                     loaded = disk_bytes_read() - before - engine.store.bytes_planned
                     engine.submit(todo)
@@ -65,15 +72,14 @@ class BatchRun:
                         windows.append(window)
                         self._traces.append((window, engine.last_trace))
                         for sequence in engine.finished:
-                            request = sequence.request
-                            journal.add(
-                                to_response(sequence, self._urls[request.request_id], plan.model.name, opened.tokenizer)
-                            )
+                            name = sequence.request.request_id
+                            journal.add(to_response(sequence, self._lines[name], plan.model.name, opened.tokenizer))
                             n_tokens += sequence.n_output
+                            self.n_failed += sequence.error is not None
                             if say:
-                                say(f"{request.request_id}: {opened.tokenizer.decode(sequence.output)}")
+                                say(f"{name}: {sequence.error or opened.tokenizer.decode(sequence.output)}")
                         engine.finished.clear()
-                        progress(len(journal.answers), len(self._requests))
+                        progress(journal.n_answers, len(self._lines))
                     planned_bytes = engine.store.bytes_planned
                 read_bytes = disk_bytes_read() - before - loaded
             duration_s = time.perf_counter() - begun
@@ -96,6 +102,22 @@ class BatchRun:
             rss_peak_bytes=peak_rss_bytes(),
             windows=tuple(windows),
         )
+
+    def _requests(self, names: list[str]) -> list[Request]:
+        """Those that can be answered; the others get their error line at once."""
+        found = []
+        for name in names:
+            try:
+                request = to_request(
+                    self._lines[name], self._opened.tokenizer, self._opened.target.spec, self._ignore_eos
+                )
+                Engine.check_fits(request, self._plan.decode.context_tokens)
+            except BadInput as error:
+                self._journal.add(error_line(name, 400, "invalid_request_error", str(error)))
+                self.n_failed += 1
+            else:
+                found.append(request)
+        return found
 
     def save_trace(self, path: Path) -> None:
         """The last windows in Chrome trace format."""

@@ -1,7 +1,7 @@
 """Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -12,8 +12,10 @@ from specmoeoff.runtime.drafters.eagle import EagleHead
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes
+from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
+from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 
@@ -51,6 +53,16 @@ def observing_residents(target: PackedModel) -> int:
     """How many experts to hold while observing: all if memory allows, else a quarter."""
     n = target.spec.n_all_experts
     return n if n * target.expert_stride < 0.6 * available_bytes() else n // 4
+
+
+def observing_experts(spec: ModelSpec, n_resident: int) -> PlanExperts:
+    """The first `n_resident` experts, layer by layer for each number, are held; the others are read when asked for."""
+    whole, rest = divmod(n_resident, spec.n_layers)
+    return PlanExperts(
+        resident=tuple(tuple(range(whole + (layer < rest))) for layer in range(spec.n_layers)),
+        prefetch=((),) * spec.n_layers,
+        stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
+    )
 
 
 def lengths(counts: Sequence[int]) -> Lengths:
@@ -109,13 +121,7 @@ def observe(
     chosen = np.zeros((spec.n_layers, spec.n_experts))
     log: list[tuple[list[int], np.ndarray]] = []
     n_tokens, output_lengths = 0, [1]
-    everything = [(layer, e) for e in range(spec.n_experts) for layer in range(spec.n_layers)]
-    held = set(everything[:n_resident])
-    experts = PlanExperts(
-        resident=tuple(tuple(e for e in range(spec.n_experts) if (la, e) in held) for la in range(spec.n_layers)),
-        prefetch=((),) * spec.n_layers,
-        stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
-    )
+    experts = observing_experts(spec, n_resident)
     for turn, (drafter, draft) in enumerate(drafts.items()):
         decode = PlanDecode(
             drafter=drafter,
@@ -128,7 +134,7 @@ def observe(
         counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
         with Engine(target, draft, decode, experts, threads) as engine:
             engine.accept = counter
-            engine.submit(requests)
+            engine.submit(replace(r, sampling=GREEDY) for r in requests)
             total = sum(r.max_tokens for r in requests)
             done = 0
             routing = engine.log_routing()

@@ -65,6 +65,11 @@ class PackedModel:
         self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate)
 
     @property
+    def expert_sha256(self) -> tuple[tuple[str, ...], ...]:
+        """SHA-256 of each expert with its padding, (n_layers, n_experts)."""
+        return self._manifest.expert_sha256
+
+    @property
     def dense_bytes(self) -> int:
         """Memory that `load_dense` takes."""
         return _aligned(max(a.offset + a.n_bytes for a in self._manifest.dense.values()))
@@ -93,7 +98,7 @@ class PackedModel:
             first = self.expert_offset(layer, 0)
             experts = _read_direct(self.expert_path, first, self.spec.n_experts * self.expert_stride)
             for expert, packed in enumerate(experts.reshape(self.spec.n_experts, -1)):
-                if hashlib.sha256(packed.data).hexdigest() != self._manifest.expert_sha256[layer][expert]:
+                if hashlib.sha256(packed.data).hexdigest() != self.expert_sha256[layer][expert]:
                     damaged.append((layer, expert))
             progress("checking experts", layer + 1, self.spec.n_layers)
         return damaged

@@ -82,3 +82,7 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """The text of one token by itself, special ones included."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))

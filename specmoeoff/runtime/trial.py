@@ -4,11 +4,14 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from specmoeoff.demo import prompts_path
 from specmoeoff.errors import BadInput, SpecMoEOffError, TrialFailed
+from specmoeoff.runtime.batch_files import read_batch
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened, open_plan
 from specmoeoff.runtime.sequence import Request
@@ -16,17 +19,20 @@ from specmoeoff.specs.plan import Plan
 
 
 def decode_rate(plan: Plan, opened: Opened, n_windows: int = 6) -> float:
-    """Median tokens per second over windows with every place decoding."""
-    text = "The history of the steam engine begins long before the first railway, with pumps that kept mines dry."
-    prompt = tuple(opened.tokenizer.encode(text))
+    """Median tokens per second over windows with every place decoding, each request another text.
+
+    Equal requests would all use the same experts, and requests that begin their answers together nearly so: each goes on
+    from the middle of the shipped prompts' texts.
+    """
     decode, limit = plan.decode, plan.limits.disk_limit_gb_per_s
+    texts = [str(line.body.messages[-1].content) for line in read_batch(prompts_path()) if line.body.messages]
+    longest = decode.context_tokens // 2
+    tokens = [tuple(opened.tokenizer.encode(text)) for text in texts]
+    prompts = [t[: min(len(t) // 2 + i // len(tokens), longest)] for i, t in zip(range(decode.batch), cycle(tokens))]
+    if longest < 1:
+        raise BadInput(f"--measure needs a context of at least 2 tokens, not {decode.context_tokens}.")
     with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, limit) as engine:
-        room = decode.context_tokens - len(prompt)
-        if room < 2:
-            raise BadInput(
-                f"--measure needs a context of at least {len(prompt) + 2} tokens, not {decode.context_tokens}."
-            )
-        engine.submit(Request(str(i), prompt, room) for i in range(decode.batch))
+        engine.submit(Request(str(i), p, decode.context_tokens - len(p)) for i, p in enumerate(prompts))
         while any(s.prefilling for s in engine.live) or len(engine.live) < decode.batch:
             engine.step("warm-up")
         engine.step("warm-up")

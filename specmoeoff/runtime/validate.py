@@ -20,6 +20,7 @@ from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.process import available_bytes, disk_bytes_read, peak_rss_bytes
+from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.model import ModelSpec
@@ -91,7 +92,7 @@ class Validator:
         options: Options,
     ) -> None:
         self.plan, self.opened, self.profile, self.workload = plan, opened, profile, workload
-        self.requests, self.options = list(requests), options
+        self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options
         self.tuned, self.plain = tuned_part(plan), plan.plain
         self.spec = opened.target.spec
         self.draft_spec = opened.draft.spec if opened.draft else None
@@ -256,7 +257,9 @@ class Validator:
             k, longest = max(k, *SWEEP_LENGTHS), max(len(r.prompt) for r in self.requests) + ANSWERED_TOKENS
             windows = max(self.options.block_windows, self.options.uncapped_block_windows) + 2
             context = min(max(context, longest + windows * (k + 1)), self.spec.max_positions)
-        widest = first.decode.model_copy(update={"draft_length": k, "context_tokens": context, "drafter": "none"})
+        widest = first.decode.model_copy(
+            update={"draft_length": k, "context_tokens": context, "drafter": "none", "kv_tokens": None}
+        )
         slots = max(p.experts.n_resident + p.experts.stream_slots for p in parts.values())
         if len(parts) == 1:
             widest = first.decode
@@ -267,8 +270,8 @@ class Validator:
 
     @staticmethod
     def _configure(engine: Engine, part: PlainPlan) -> None:
-        context = engine.decode.context_tokens
-        engine.configure(part.decode.model_copy(update={"context_tokens": context}), part.experts)
+        kept = {name: getattr(engine.decode, name) for name in ("context_tokens", "kv_tokens")}
+        engine.configure(part.decode.model_copy(update=kept), part.experts)
 
     def _warm(self, engine: Engine, turn: int) -> None:
         """Every place decoding, end of sequence ignored; each turn takes other prompts where there are more."""

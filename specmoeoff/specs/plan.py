@@ -21,7 +21,11 @@ class PlanModel(Spec):
 
 
 class PlanDecode(Spec):
-    """k drafted, k+1 verified, 1..k+1 emitted. k = 0 is plain decoding."""
+    """k drafted, k+1 verified, 1..k+1 emitted. k = 0 is plain decoding.
+
+    kv_tokens: tokens the KV cache holds, of all requests together; None: `batch` whole contexts. With fewer the youngest
+    request is set aside when it is full, and computed anew later.
+    """
 
     drafter: DrafterName
     draft_length: NotNegative
@@ -29,6 +33,7 @@ class PlanDecode(Spec):
     micro_batches: Positive
     context_tokens: Positive
     prefill_chunk_tokens: Positive
+    kv_tokens: Positive | None = None
 
 
 class PlanExperts(Spec):

@@ -15,6 +15,7 @@ import numpy as np
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import PAGE_TOKENS, Kernels, aligned_empty, pack_expert, packed_expert_bytes
 from specmoeoff.runtime.checkpoint import Checkpoint, expected_shapes, expert_tensor_names, to_bf16
+from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, Rows, make_rows
 from specmoeoff.runtime.pack import pack_weight
@@ -125,7 +126,7 @@ class EagleDrafter:
             self._features[self._place(sequence, sequence.kv_tokens, n)] = features[first : first + n]
             first += n
 
-    def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[list[int]]:
+    def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[Proposal]:
         """See Drafter."""
         drafts: list[list[int]] = [[] for _ in sequences]
         guesses: dict[int, np.ndarray] = {}
@@ -160,7 +161,7 @@ class EagleDrafter:
                     guesses[i] = state[None]
             live = [i for i in live if len(drafts[i]) < lengths[i]]
             step += 1
-        return drafts
+        return [Proposal(tokens) for tokens in drafts]
 
     def _pass(self, tokens: Sequence[int], features: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The next token and feature after each request's last row; features (n_rows, hidden) bf16."""

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from specmoeoff.errors import BadInput
 from specmoeoff.runtime import engine as runtime
-from specmoeoff.runtime.batch_files import DEFAULT_MAX_TOKENS, BatchLine, Body, read_batch, to_request, to_response
+from specmoeoff.runtime.batch_files import (
+    DEFAULT_MAX_TOKENS,
+    BatchLine,
+    Body,
+    find_problem,
+    read_batch,
+    to_request,
+    to_response,
+)
 from specmoeoff.runtime.loading import Progress, load_runnable, open_plan
-from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.serving.protocol import text_of
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.validate import Options, Validator
@@ -29,7 +37,9 @@ class Engine(runtime.Engine):
     ) -> None:
         opened = open_plan(plan, progress)
         limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
-        super().__init__(opened.target, opened.draft, plan.decode, plan.experts, plan.threads, limit)
+        lengths = plan.outlook.draft_lengths if plan.outlook else ()
+        settings = (plan.decode, plan.experts, plan.threads, limit)
+        super().__init__(opened.target, opened.draft, *settings, draft_lengths=lengths)
         self.model_name, self.tokenizer = plan.model.name, opened.tokenizer
 
 
@@ -42,23 +52,29 @@ def generate(
     engine: Engine,
     prompts: list[Prompt],
     max_tokens: int = DEFAULT_MAX_TOKENS,
-    ignore_eos: bool = False,
     on_text: Callable[[int, str], None] = lambda *_: None,
+    **fields: Any,
 ) -> list[str]:
-    """The greedy answers, in order, all prompts in one batch. A prompt is a text to continue, or the messages of a chat.
+    """The answers, in order, all prompts in one batch. A prompt is a text to continue, or the messages of a chat.
 
-    `on_text(index of the prompt, new text)` is called as text comes. BadInput where a prompt does not fit the context.
+    `fields` are those of a batch line's body: temperature (0, greedy, if left out), top_p, top_k, min_p, seed, stop,
+    ignore_eos. Without a seed the prompt's index is one. `on_text(index of the prompt, new text)` is called as text comes.
+    BadInput where a field is wrong or a prompt does not fit the context.
     """
-    requests = [_request(engine, i, p, max_tokens, ignore_eos) for i, p in enumerate(prompts)]
-    index = {request.request_id: i for i, request in enumerate(requests)}
-    streams, n_seen, answers = [TextStream(engine.tokenizer) for _ in prompts], [0] * len(prompts), [""] * len(prompts)
+    lines = [_line(index, prompt, {"max_tokens": max_tokens, **fields}) for index, prompt in enumerate(prompts)]
+    requests = [to_request(line, engine.tokenizer, engine.spec) for line in lines]
+    index_of = {request.request_id: index for index, request in enumerate(requests)}
+    streams = [TextStream(engine.tokenizer, line.body.stops) for line in lines]
+    answers, n_seen = [""] * len(lines), [0] * len(lines)
     try:
         engine.submit(requests)
         for _ in engine.run("generate"):
             for sequence in [*engine.live, *engine.finished]:
-                i = index[sequence.request.request_id]
+                i = index_of[sequence.request.request_id]
+                if sequence.error:
+                    raise sequence.error
                 if sequence.finish_reason:
-                    response = to_response(sequence, _url(prompts[i]), engine.model_name, engine.tokenizer)
+                    response = to_response(sequence, lines[i], engine.model_name, engine.tokenizer)
                     answers[i] = text_of(response["response"]["body"])
                     piece = streams[i].finish(answers[i])
                 else:
@@ -91,18 +107,12 @@ def validate(
     return Validator(plan, opened, profile, workload, requests, options or Options()).run()
 
 
-def _url(prompt: Prompt) -> str:
-    return "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
-
-
-def _request(engine: Engine, index: int, prompt: Prompt, max_tokens: int, ignore_eos: bool) -> Request:
-    field = "prompt" if isinstance(prompt, str) else "messages"
+def _line(index: int, prompt: Prompt, fields: dict[str, Any]) -> BatchLine:
+    wanted, kind = ("prompt", "") if isinstance(prompt, str) else ("messages", "chat/")
     try:
-        body = Body.model_validate({field: prompt, "max_tokens": max_tokens, "ignore_eos": ignore_eos})
+        body = Body.model_validate({wanted: prompt, **fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"prompt {index}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
-    line = BatchLine(custom_id=f"prompt {index}", url=_url(prompt), body=body)
-    request = to_request(line, engine.tokenizer, engine.spec)
-    engine.check_fits(request, engine.decode.context_tokens)
-    return request
+    url = f"/v1/{kind}completions"
+    return BatchLine(custom_id=f"prompt {index}", url=url, body=body, problem=find_problem(url, body))

@@ -672,7 +672,7 @@ def _stream_prompt(
         engine = Engine(plan, disk_limit_gb_per_s, bar.count)
     with engine:
         asked: Prompt = [{"role": "user", "content": prompt}] if engine.tokenizer.has_chat_template else prompt
-        generate(engine, [asked], max_tokens, ignore_eos, lambda _, text: typer.echo(text, nl=False))
+        generate(engine, [asked], max_tokens, lambda _, text: typer.echo(text, nl=False), ignore_eos=ignore_eos)
     typer.echo()
 
 

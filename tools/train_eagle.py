@@ -174,7 +174,7 @@ class Head(torch.nn.Module):
         )
         x = x + linear("self_attn.o", seen.transpose(1, 2).flatten(2))
         norm = self.weights["layers.0.post_attention_layernorm"]
-        y = functional.rms_norm(x, (spec.hidden,), norm, spec.rms_eps)
+        y = functional.rms_norm(x.float(), (spec.hidden,), norm, spec.rms_eps)
         return x + linear("mlp.down", functional.silu(linear("mlp.gate", y)) * linear("mlp.up", y))
 
 

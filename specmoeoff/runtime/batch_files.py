@@ -152,19 +152,20 @@ def _parse_line(text: str, where: str) -> BatchLine:
         line = BatchLine.model_validate({**value, "body": {}})
     body = line.body
     if not problem:
-        problem = _problem(line.url, body)
+        problem = find_problem(line.url, body)
+        if body.stream:
+            problem = "body.stream is true; a batch file's answers come whole."
     return line.model_copy(update={"problem": f"{where}: {problem}"}) if problem else line
 
 
-def _problem(url: str, body: Body) -> str:
+def find_problem(url: str, body: Body) -> str:
+    """Why this request cannot be answered, where its fields alone tell; empty if they do not."""
     if url not in ("/v1/chat/completions", "/v1/completions"):
         return f"url {url!r} is not served; use /v1/chat/completions or /v1/completions."
     if (body.messages is None) == (body.prompt is None):
         return "body: exactly one of `messages` and `prompt` is needed."
     if body.n not in (None, 1):
         return f"body.n is {body.n}; one answer per request is available: send the request again with another seed."
-    if body.stream:
-        return "body.stream is true; a batch file's answers come whole."
     if body.top_logprobs is not None and body.logprobs is not True:
         return "body.top_logprobs needs body.logprobs to be true."
     return ""

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from specmoeoff.errors import BadInput
 from specmoeoff.estimate.trace import Span, chrome_trace
 from specmoeoff.files import sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
-from specmoeoff.runtime.batch_files import Journal, error_line, read_batch, to_request, to_response
-from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.batch_files import BatchLine, Journal, error_line, read_batch, to_request, to_response
+from specmoeoff.runtime.engine import Engine, open_engine
 from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.runtime.process import disk_bytes_read, peak_rss_bytes
 from specmoeoff.runtime.sequence import Request
+from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.runtime.trace import Trace
+from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.record import RunRecord, Window
 
@@ -41,7 +43,7 @@ class BatchRun:
         self._opened = open_plan(plan, progress)
         self._lines = {line.custom_id: line for line in lines}
         self._ignore_eos = ignore_eos
-        self._limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
+        self._limit = disk_limit_gb_per_s
         self._journal = Journal(output, lines, sha256_text(plan.text()), ignore_eos)
         self._traces: deque[tuple[Window, Trace]] = deque(maxlen=TRACED_WINDOWS)
 
@@ -49,22 +51,16 @@ class BatchRun:
         """Finish what is missing; an interruption keeps what was finished."""
         plan, opened, journal = self._plan, self._opened, self._journal
         windows: deque[Window] = deque(maxlen=RECORDED_WINDOWS)
-        planned_bytes = read_bytes = n_tokens = self.n_failed = 0
+        planned_bytes = read_bytes = n_tokens = 0
         begun = time.perf_counter()
         try:
-            todo = self._requests(journal.missing)
+            lines = [self._lines[name] for name in journal.missing]
+            context_tokens = plan.decode.context_tokens
+            todo = answerable(lines, opened.tokenizer, opened.target.spec, context_tokens, self._ignore_eos, journal)
+            self.n_failed = len(lines) - len(todo)
             if todo:
                 before = disk_bytes_read()
-                lengths = plan.outlook.draft_lengths if plan.outlook else ()
-                with Engine(
-                    opened.target,
-                    opened.draft,
-                    plan.decode,
-                    plan.experts,
-                    plan.threads,
-                    self._limit,
-                    draft_lengths=lengths,
-                ) as engine:
+                with open_engine(plan, opened, self._limit) as engine:
                     loaded = disk_bytes_read() - before - engine.store.bytes_planned
                     engine.submit(todo)
                     begun = time.perf_counter()
@@ -103,22 +99,6 @@ class BatchRun:
             windows=tuple(windows),
         )
 
-    def _requests(self, names: list[str]) -> list[Request]:
-        """Those that can be answered; the others get their error line at once."""
-        found = []
-        for name in names:
-            try:
-                request = to_request(
-                    self._lines[name], self._opened.tokenizer, self._opened.target.spec, self._ignore_eos
-                )
-                Engine.check_fits(request, self._plan.decode.context_tokens)
-            except BadInput as error:
-                self._journal.add(error_line(name, 400, "invalid_request_error", str(error)))
-                self.n_failed += 1
-            else:
-                found.append(request)
-        return found
-
     def save_trace(self, path: Path) -> None:
         """The last windows in Chrome trace format."""
         spans = [
@@ -127,3 +107,24 @@ class BatchRun:
             for index, (start_s, end_s) in trace.times.items()
         ]
         write_atomic(path, chrome_trace(spans, self._traces[0][0].start_s if self._traces else 0.0))
+
+
+def answerable(
+    lines: Sequence[BatchLine],
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    context_tokens: int,
+    ignore_eos: bool,
+    journal: Journal,
+) -> list[Request]:
+    """The requests of these lines that can be answered; the others get their error line at once."""
+    found = []
+    for line in lines:
+        try:
+            request = to_request(line, tokenizer, spec, ignore_eos)
+            Engine.check_fits(request, context_tokens)
+        except BadInput as error:
+            journal.add(error_line(line.custom_id, 400, "invalid_request_error", str(error)))
+        else:
+            found.append(request)
+    return found

@@ -19,13 +19,14 @@ from specmoeoff.runtime.drafters.none import NoDrafter
 from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
 from specmoeoff.runtime.kv_cache import PageTable
+from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.model import Model, Rows, make_rows
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.sampling import distribution, uniforms
 from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.runtime.verify import accept, verify_sampled
-from specmoeoff.specs.plan import LengthAt, PlanDecode, PlanExperts, PlanThreads
+from specmoeoff.specs.plan import LengthAt, Plan, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.record import Window
 
 
@@ -159,7 +160,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget one request, waiting or live, between windows."""
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
         for sequence in [s for s in self.live if s.request.request_id == request_id]:
             self._retire(sequence)
 
@@ -366,3 +367,16 @@ class Engine:
         p, uniform = distribution(logits, sampling), uniforms(sampling.seed, len(sequence.tokens), len(logits))
         n_stand, token = verify_sampled(p, proposal.q, np.asarray(drafted, np.int64), uniform)
         return [*drafted[: int(n_stand)], int(token)]
+
+
+def open_engine(plan: Plan, opened: Opened, disk_limit_gb_per_s: float | None = None) -> Engine:
+    """The engine of a plan; a limit of the disk lane given here goes before the plan's."""
+    return Engine(
+        opened.target,
+        opened.draft,
+        plan.decode,
+        plan.experts,
+        plan.threads,
+        disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s,
+        draft_lengths=plan.outlook.draft_lengths if plan.outlook else (),
+    )

@@ -120,8 +120,9 @@ class EngineThread:
     def _step(self) -> None:
         decoding = [(s, s.n_output) for s in self._engine.live if not s.prefilling]
         window = self._engine.step("serve")
-        drafted = window.rows - window.prefill_rows - len(decoding)
-        self._observe(window, drafted, sum(s.n_output - before - 1 for s, before in decoding))
+        n_emitted = [s.n_output - before for s, before in decoding if s.n_output > before]  # not set aside, not failed
+        drafted = max(0, window.rows - window.prefill_rows - len(n_emitted))
+        self._observe(window, drafted, sum(n_emitted) - len(n_emitted))
         for sequence in [*self._engine.live, *self._engine.finished]:
             self._hand_out(sequence)
         self._engine.finished.clear()
@@ -137,7 +138,7 @@ class EngineThread:
             with self._changed:
                 self._open.pop(request_id, None)
         if tokens or sequence.finish_reason:
-            ticket.deliver(tokens, sequence if sequence.finish_reason else None)
+            ticket.deliver(tokens, (sequence.error or sequence) if sequence.finish_reason else None)
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

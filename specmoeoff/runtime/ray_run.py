@@ -1,6 +1,7 @@
 """`run --ray`: a batch file over the nodes of a Ray cluster, one engine a node, answers kept in order of arrival."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from specmoeoff.errors import AnswerIsNo, BadInput, MissingCapability
 from specmoeoff.files import cache_dir, explain_os_errors, read_text, sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
 from specmoeoff.runtime.batch_files import BatchLine, Journal, read_batch, to_request, to_response
+from specmoeoff.runtime.batch_run import answerable
 from specmoeoff.runtime.checkpoint import read_model_spec
-from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.engine import open_engine
 from specmoeoff.runtime.engine_thread import End, EngineThread
 from specmoeoff.runtime.loading import model_folder, open_plan
 from specmoeoff.runtime.tokenizer import Tokenizer
@@ -43,9 +45,14 @@ def plan_here(plan: Plan, workload_text: str) -> Plan:
         write_atomic(workload, workload_text)
         source, limits = plan.model.source, plan.limits
         cap = ["--disk-limit-gb-per-s", str(limits.disk_limit_gb_per_s)] if limits.disk_limit_gb_per_s else []
-        memory = ["--fast-memory", str(limits.fast_memory_bytes), "--context", str(plan.decode.context_tokens)]
+        memory: list[str | Path] = [
+            "--fast-memory",
+            str(limits.fast_memory_bytes),
+            "--context",
+            str(plan.decode.context_tokens),
+        ]
         _command("profile", "--model", source, "-o", profile)
-        made_from = ["--profile", profile, "--model", source, "--workload", workload]
+        made_from: list[str | Path] = ["--profile", profile, "--model", source, "--workload", workload]
         _command("tune", *made_from, "-o", own, *memory, *cap)
     return Plan.load(own)
 
@@ -64,8 +71,7 @@ class NodeEngine:
     def __init__(self, plan_text: str, workload_text: str, disk_limit_gb_per_s: float | None, ignore_eos: bool) -> None:
         plan = self._plan = plan_here(Plan.parse(plan_text, Path("plan.json")), workload_text)
         opened = self._opened = open_plan(plan)
-        limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
-        engine = Engine(opened.target, opened.draft, plan.decode, plan.experts, plan.threads, limit)
+        engine = open_engine(plan, opened, disk_limit_gb_per_s)
         self._ignore_eos = ignore_eos
         self._thread = EngineThread(engine, MAX_OPEN).__enter__()  # ends with the actor's process
 
@@ -88,7 +94,7 @@ class NodeEngine:
         end = await finished
         if isinstance(end, Exception):
             raise end
-        return to_response(end, parsed.url, self._plan.model.name, opened.tokenizer)
+        return to_response(end, parsed, self._plan.model.name, opened.tokenizer)
 
 
 @dataclass(eq=False)
@@ -100,7 +106,7 @@ class _Node:
 
 
 class RayRun:
-    """One batch file over a cluster. Bad input is refused before anything is written."""
+    """One batch file over a cluster, as BatchRun runs it on one machine."""
 
     def __init__(
         self,
@@ -118,28 +124,32 @@ class RayRun:
             raise MissingCapability("--ray needs Ray; install it with `pip install specmoeoff[ray]`.") from None
         lines = read_batch(input_file)
         folder = model_folder(plan.model.source)
-        tokenizer, spec = Tokenizer(folder), read_model_spec(folder)
-        for line in lines:
-            Engine.check_fits(to_request(line, tokenizer, spec, ignore_eos), plan.decode.context_tokens)
-        self._lines = {line.custom_id: line.model_dump(mode="json") for line in lines}
+        self._tokenizer, self._spec = Tokenizer(folder), read_model_spec(folder)
+        self._context_tokens, self._ignore_eos = plan.decode.context_tokens, ignore_eos
+        self._lines = {line.custom_id: line for line in lines}
         self._journal = Journal(output, lines, sha256_text(plan.text()), ignore_eos)
         workload = inputs_folder / f"{plan.inputs.workload_sha256}.json"
         workload_text = read_text(workload, "workload") if workload.exists() else ""
         self._settings = (plan.text(), workload_text, disk_limit_gb_per_s, ignore_eos)
-        self._ray, self._address = ray, address
+        self._ray: Any = ray
+        self._address = address
 
     def run(self, progress: Callable[[int, int], None], warn: Callable[[str], None]) -> dict[str, float]:
         """Finish what is missing; a lost node's requests go to the others. AnswerIsNo where no node is left."""
         journal, ray = self._journal, self._ray
-        waiting, n_tokens, begun = deque(journal.missing), 0, time.perf_counter()
-        n_requests = len(waiting)
+        begun, n_tokens = time.perf_counter(), 0
         try:
+            lines = [self._lines[name] for name in journal.missing]
+            todo = answerable(lines, self._tokenizer, self._spec, self._context_tokens, self._ignore_eos, journal)
+            waiting = deque(request.request_id for request in todo)
             nodes = self._start() if waiting else []
             while waiting or any(any(n.under_way.values()) for n in nodes):
                 for node in nodes:
                     while waiting and len(node.under_way) < node.room:
                         custom_id = waiting.popleft()
-                        node.under_way[node.actor.answer.remote(self._lines[custom_id])] = custom_id
+                        node.under_way[node.actor.answer.remote(self._lines[custom_id].model_dump(mode="json"))] = (
+                            custom_id
+                        )
                 done, _ = ray.wait([call for node in nodes for call in node.under_way], num_returns=1)
                 node = next(n for n in nodes if done[0] in n.under_way)
                 try:
@@ -152,20 +162,24 @@ class RayRun:
                 if node.under_way.pop(done[0]):
                     journal.add(result)
                     n_tokens += result["response"]["body"]["usage"]["completion_tokens"]
-                    progress(len(journal.answers), len(self._lines))
+                    progress(journal.n_answers, len(self._lines))
                 else:
                     node.room = min(2 * result, MAX_OPEN)
             journal.finish()
         finally:
             journal.close()
             ray.shutdown()
-        return {"requests": n_requests, "tokens": n_tokens, "seconds": round(time.perf_counter() - begun, 3)}
+        seconds = round(time.perf_counter() - begun, 3)
+        return {"requests": len(todo), "failed": len(lines) - len(todo), "tokens": n_tokens, "seconds": seconds}
 
     def _start(self) -> list[_Node]:
         ray = self._ray
+        host, _, port = self._address.removeprefix("ray://").rpartition(":")
         try:
+            if port.isdigit():  # Ray would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise BadInput(f"--ray {self._address}: {reason}; start a cluster with `ray start --head`.") from None
         nodes = [self._start_on(n) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]

@@ -1,4 +1,4 @@
-"""Text as its tokens come: a character is told when its last byte is there."""
+"""Text as its tokens come: a character is told when its last byte is there, and nothing that may be a stop string's beginning."""
 
 from collections.abc import Iterable
 
@@ -14,22 +14,27 @@ class TextStream:
     text-generation-inference's two offsets).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
-        self._told: list[int] = []
+        self._beginnings = tuple({stop[:n] for stop in stops for n in range(1, len(stop))})
+        self._decoded: list[int] = []
         self._pending: list[int] = []
+        self._held = ""
         self._n_told = 0
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The text that these tokens complete; empty while they end within a character."""
+        """The text that these tokens complete; they hold no stop string, but may end within one."""
         self._pending += tokens
-        before = self._tokenizer.decode(self._told)
-        text = self._tokenizer.decode([*self._told, *self._pending])[len(before) :]
+        before = self._tokenizer.decode(self._decoded)
+        text = self._tokenizer.decode([*self._decoded, *self._pending])[len(before) :]
         if not text or text.endswith(INCOMPLETE):
             return ""
-        self._told, self._pending = self._pending, []
-        self._n_told += len(text)
-        return text
+        self._decoded, self._pending = self._pending, []
+        text = self._held + text
+        n_told = len(text) - max((len(b) for b in self._beginnings if text.endswith(b)), default=0)
+        self._held = text[n_told:]
+        self._n_told += n_told
+        return text[:n_told]
 
     def finish(self, whole: str) -> str:
         """What is left of the whole text, though it may be no character."""

@@ -11,30 +11,37 @@ from tempfile import TemporaryDirectory
 
 from specmoeoff.demo import prompts_path
 from specmoeoff.errors import BadInput, SpecMoEOffError, TrialFailed
-from specmoeoff.runtime.batch_files import read_batch
+from specmoeoff.runtime.batch_files import read_batch, to_request
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened, open_plan
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.specs.plan import Plan
 
+N_GROUPS = 4
+
 
 def decode_rate(plan: Plan, opened: Opened, n_windows: int = 6) -> float:
-    """Median tokens per second over windows with every place decoding, each request another text.
+    """Median tokens per second over windows with every place decoding, each request another of the shipped prompts.
 
-    Equal requests would all use the same experts, and requests that begin their answers together nearly so: each goes on
-    from the middle of the shipped prompts' texts.
+    Equal requests would all use the same experts, and requests that begin their answers together nearly so: they begin in
+    groups, two windows apart, with the disk uncapped until all have.
     """
     decode, limit = plan.decode, plan.limits.disk_limit_gb_per_s
-    texts = [str(line.body.messages[-1].content) for line in read_batch(prompts_path()) if line.body.messages]
-    longest = decode.context_tokens // 2
-    tokens = [tuple(opened.tokenizer.encode(text)) for text in texts]
-    prompts = [t[: min(len(t) // 2 + i // len(tokens), longest)] for i, t in zip(range(decode.batch), cycle(tokens))]
-    if longest < 1:
-        raise BadInput(f"--measure needs a context of at least 2 tokens, not {decode.context_tokens}.")
-    with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, limit) as engine:
-        engine.submit(Request(str(i), p, decode.context_tokens - len(p)) for i, p in enumerate(prompts))
-        while any(s.prefilling for s in engine.live) or len(engine.live) < decode.batch:
+    requests = []
+    for i, prompt in zip(range(decode.batch), cycle(_prompts(opened)), strict=False):
+        begun = prompt[-(decode.context_tokens // 2) :]
+        requests.append(Request(str(i), begun, decode.context_tokens - len(begun)))
+    with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, None) as engine:
+        for first in range(0, decode.batch, size := -(-decode.batch // N_GROUPS)):
+            engine.submit(requests[first : first + size])
+            while len(engine.live) < min(first + size, decode.batch) or any(s.prefilling for s in engine.live):
+                engine.step("warm-up")
+                if engine.finished:
+                    raise BadInput(
+                        f"a context of {decode.context_tokens} tokens ends while requests begin; raise --context."
+                    )
             engine.step("warm-up")
+        engine.store.bucket.gb_per_s = limit
         engine.step("warm-up")
         rates = [(w := engine.step("trial")).tokens / w.duration_s for _ in range(n_windows) if engine.live]
     if not rates:
@@ -42,6 +49,14 @@ def decode_rate(plan: Plan, opened: Opened, n_windows: int = 6) -> float:
             f"a context of {decode.context_tokens} tokens ends before one measured window of k = {decode.draft_length}; raise --context."
         )
     return median(rates)
+
+
+def _prompts(opened: Opened) -> list[tuple[int, ...]]:
+    """As chats where the model has a template for them."""
+    lines, tokenizer = read_batch(prompts_path()), opened.tokenizer
+    if tokenizer.has_chat_template:
+        return [to_request(line, tokenizer, opened.target.spec).prompt for line in lines]
+    return [tuple(tokenizer.encode(str(m.content))) for line in lines for m in line.body.messages or ()]
 
 
 def rate_in_own_process(plan: Plan, timeout_s: float = 600.0) -> float:

@@ -19,6 +19,7 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
+    LengthAt,
     MeasuredTrial,
     PlainPlan,
     Plan,
@@ -272,6 +273,23 @@ class Tuner:
             curve=tuple(curve),
             measured=measured,
         )
+
+    def draft_lengths(self, choice: Choice) -> tuple[LengthAt, ...]:
+        """The best draft length over contexts and live requests, none longer than memory was planned for."""
+        r, decode, experts = self.request, self.decode(choice), self.part(choice).experts
+        drafts = [decode.model_copy(update={"drafter": "none", "draft_length": 0})]
+        drafts += [decode.model_copy(update={"draft_length": k}) for k in range(1, choice.draft_length + 1)]
+        table = []
+        for context in (int(share * self.context_tokens) for share in (0.25, 0.5, 0.75, 1.0)):
+            for live in dict.fromkeys(max(1, int(choice.batch * share)) for share in (0.125, 0.25, 0.5, 1.0)):
+                prices = self.prices(choice.n_threads)
+                found = [
+                    forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
+                    for d in drafts
+                ]
+                k = int(np.argmax(found))
+                table.append(LengthAt(context_tokens=context, live=live, draft_length=k, tokens_per_s=found[k]))
+        return tuple(table)
 
     def nothing_fits(self) -> SpecMoEOffError:
         """Why there is no plan, and the smallest change that would make one."""

@@ -48,6 +48,12 @@ def test_generate_answers_in_order_and_tells_the_text_as_it_comes(plan_file: Pat
             specmoeoff.generate(engine, ["fits", "x" * 500])
         with pytest.raises(BadInput, match=r"prompt 0: messages\.0\.content"):
             specmoeoff.generate(engine, [[{"role": "user"}]])
+        with pytest.raises(BadInput, match="temprature is not supported"):
+            specmoeoff.generate(engine, ["x"], temprature=0.5)
+        sampled = [specmoeoff.generate(engine, ["x"], temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)]
+        assert sampled[0] == sampled[1] != sampled[2]
+        stop = sampled[0][10:12]
+        assert specmoeoff.generate(engine, ["x"], temperature=1.0, seed=1, stop=stop)[0] == sampled[0].split(stop)[0]
 
 
 def test_run_stream_prints_what_generate_answers(plan_file: Path) -> None:

@@ -86,8 +86,8 @@ def some_requests(n: int, max_tokens: int = 0) -> list[Request]:
     ]
 
 
-def published_chain(target: Path, tensors: Tensors, tokens: list[int], k: int) -> tuple[list[int], list[float]]:
-    """k tokens drafted after `tokens` as SafeAILab/EAGLE does, in float32 by transformers' layers, and each one's lead."""
+def published(target: Path, tensors: Tensors) -> Callable[[list[int], int], tuple[list[int], list[float]]]:
+    """Of tokens and k: the k drafted next as SafeAILab/EAGLE does, in float32 by transformers' layers, and each one's lead."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
@@ -96,19 +96,23 @@ def published_chain(target: Path, tensors: Tensors, tokens: list[int], k: int) -
     own = {name: t.float() for name, t in tensors.items() if name.startswith("layers.0.")}
     head.load_state_dict(own, strict=False)
     head.layers[0].input_layernorm = head.norm = torch.nn.Identity()
-    drafted, leads = [], []
-    with torch.no_grad():
-        features = full.model(torch.tensor([tokens[:-1]])).last_hidden_state
-        embedding = full.get_input_embeddings()
-        for _ in range(k):
-            joined = torch.cat([embedding(torch.tensor([(tokens + drafted)[1:]])), features], dim=-1)
-            fused = torch.nn.functional.linear(joined, tensors["fc.weight"].float(), tensors["fc.bias"].float())
-            state = head(inputs_embeds=fused).last_hidden_state[:, -1:]
-            best = full.lm_head(state)[0, 0].topk(2)
-            drafted.append(int(best.indices[0]))
-            leads.append(float((best.values[0] - best.values[1]) / best.values[0].abs()))
-            features = torch.cat([features, state], dim=1)
-    return drafted, leads
+
+    def chain(tokens: list[int], k: int) -> tuple[list[int], list[float]]:
+        drafted, leads = [], []
+        with torch.no_grad():
+            features = full.model(torch.tensor([tokens[:-1]])).last_hidden_state
+            embedding = full.get_input_embeddings()
+            for _ in range(k):
+                joined = torch.cat([embedding(torch.tensor([(tokens + drafted)[1:]])), features], dim=-1)
+                fused = torch.nn.functional.linear(joined, tensors["fc.weight"].float(), tensors["fc.bias"].float())
+                state = head(inputs_embeds=fused).last_hidden_state[:, -1:]
+                best = full.lm_head(state)[0, 0].topk(2)
+                drafted.append(int(best.indices[0]))
+                leads.append(float((best.values[0] - best.values[1]) / best.values[0].abs()))
+                features = torch.cat([features, state], dim=1)
+        return drafted, leads
+
+    return chain
 
 
 @pytest.fixture
@@ -123,7 +127,7 @@ def test_it_drafts_what_the_published_architecture_does(
 ) -> None:
     packed = pack_model(llama)
     requests = some_requests(6, max_tokens=20)
-    found, wanted, k = [], [], 4
+    found, wanted, k, reference = [], [], 4, published(llama, llama_head[1])
     with engine_of(packed, load_eagle_head(llama_head[0], packed.spec), k, batch, chunk) as engine:
         engine.submit(requests)
         while engine.busy:
@@ -131,8 +135,9 @@ def test_it_drafts_what_the_published_architecture_does(
             ready = [s for s in engine.live if not s.prefilling and s.n_output > 3]
             if len(ready) == min(batch, len(engine.live)) and ready and len(found) < 6 * k:
                 proposals = engine.drafters["eagle"].propose(ready, [k] * len(ready), Trace())
+                proposals = [p.tokens for p in proposals]
                 for sequence, drafted in zip(ready, proposals, strict=True):
-                    chain, leads = published_chain(llama, llama_head[1], sequence.tokens, k)
+                    chain, leads = reference(sequence.tokens, k)
                     # After the first near-tie the two may go different ways.
                     sure = next((i for i, lead in enumerate(leads) if lead < 0.02), k)
                     found += drafted[:sure]
@@ -141,7 +146,7 @@ def test_it_drafts_what_the_published_architecture_does(
     assert found == wanted
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("k", [1, 4, 8])
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_the_output_is_the_plain_output(tmp_path: Path, mixtral: Path, k: int, batch: int) -> None:
     packed = pack_model(mixtral)
@@ -195,7 +200,7 @@ def test_rewound_requests_go_the_same_way_again(mixtral: Path, tmp_path: Path) -
         ways = []
         for _ in range(2):
             engine.rewind()
-            drafted = engine.drafters["eagle"].propose(engine.live, [3] * 3, Trace())
+            drafted = [p.tokens for p in engine.drafters["eagle"].propose(engine.live, [3] * 3, Trace())]
             for _ in range(4):
                 engine.step()
             ways.append((drafted, [list(s.tokens) for s in engine.live]))

@@ -113,8 +113,10 @@ def test_a_machine_without_a_plan_makes_its_own_once(
 
 def test_no_cluster_is_one_sentence(words: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the `ray` extra is not installed")
-    command = [*words, "--output", str(tmp_path / "out.jsonl"), "--ray", "127.0.0.1:1"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "--ray 127.0.0.1:1:" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    for address in ("127.0.0.1:1", "auto"):
+        command = [*words, "--output", str(tmp_path / "out.jsonl"), "--ray", address]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2, refused.stderr
+        assert f"--ray {address}:" in refused.stderr
+        assert "start a cluster with `ray start --head`" in " ".join(refused.stderr.split())
+        assert "Traceback" not in refused.stderr

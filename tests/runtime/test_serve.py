@@ -140,6 +140,25 @@ def test_the_official_client_gets_answers_whole_and_streamed(served: Served) -> 
     assert 0 < found['specmoeoff_lane_busy_seconds_total{lane="cpu"}'] <= found["specmoeoff_window_seconds_sum"]
 
 
+def test_sampling_stops_and_log_probabilities_are_the_same_streamed(served: Served) -> None:
+    client = served.client()
+    asked: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 40, "temperature": 0.9}
+    free = [client.chat.completions.create(**asked, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert free[0] == free[1] != free[2]
+    stop = free[0][12:15]
+    asked |= {"seed": 1, "stop": [stop, "never"], "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.message.content == free[0][: free[0].index(stop)]
+    assert whole.finish_reason == "stop"
+    parts = [p.choices[0] for p in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(p.delta.content or "" for p in parts) == whole.message.content
+    assert parts[-1].finish_reason == "stop"
+    assert whole.logprobs
+    assert parts[-1].logprobs
+    assert parts[-1].logprobs.model_dump() == whole.logprobs.model_dump()
+    assert all(len(token.top_logprobs) == 2 for token in whole.logprobs.content)
+
+
 def test_concurrent_requests_answer_as_single_ones_do(served: Served) -> None:
     client = served.client()
 
@@ -154,9 +173,14 @@ def test_concurrent_requests_answer_as_single_ones_do(served: Served) -> None:
 
 def test_bad_requests_are_refused_in_openais_shape(served: Served) -> None:
     client = served.client()
+    with pytest.raises(openai.BadRequestError, match="tools is not supported; leave it out") as caught:
+        client.chat.completions.create(model=served.model, messages=MESSAGES, tools=[{"type": "function"}])  # type: ignore[list-item,call-overload]
+    assert caught.value.param == "tools"
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
-        client.chat.completions.create(model=served.model, messages=MESSAGES, temperature=0.7)
+        client.chat.completions.create(model=served.model, messages=MESSAGES, temperature=7)
     assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match="one answer per request"):
+        client.chat.completions.create(model=served.model, messages=MESSAGES, n=2)
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.chat.completions.create(model="gpt-x", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError, match="exceed the plan's context"):

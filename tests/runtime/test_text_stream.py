@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from specmoeoff.runtime.stopping import StopText
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.tokenizer import Tokenizer
 
@@ -53,3 +54,19 @@ def test_a_word_tokenizer_keeps_its_spaces(tmp_path: Path) -> None:
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast.save(str(tmp_path / "tokenizer.json"))
     assert pieces_of(Tokenizer(tmp_path), [0, 1, 1, 0], 1) == ["a", " b", " b", " a", ""]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_nothing_of_a_stop_string_is_told(speaking_model: Path, text: str, stops: list[str]) -> None:
+    tokenizer = Tokenizer(speaking_model)
+    ends = StopText(tokenizer, tuple(stops))
+    stream, told, tokens = TextStream(tokenizer, tuple(stops)), "", tokenizer.encode(text)
+    for n in range(1, len(tokens) + 1):
+        if ends(tokens[:n]):
+            tokens = tokens[:n]
+            break
+        told += stream.push(tokens[n - 1 : n])
+    whole = ends.cut(tokenizer.decode(tokens))
+    assert whole.startswith(told)
+    assert told + stream.finish(whole) == whole

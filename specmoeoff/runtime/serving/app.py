@@ -97,7 +97,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(exchange: Exchange, answer: Answer, tokenizer: Tokenizer) -> AsyncIterator[str]:
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, exchange.body.stops)
     yield _event(exchange.chunk("", first=True))
     try:
         async for tokens, sequence in answer.parts():
@@ -105,8 +105,8 @@ async def _events(exchange: Exchange, answer: Answer, tokenizer: Tokenizer) -> A
             piece = stream.finish(text_of(response)) if response else stream.push(tokens)
             if piece:
                 yield _event(exchange.chunk(piece))
-            if response and sequence:
-                yield _event(exchange.chunk("", sequence.finish_reason))
+            if response:
+                yield _event(exchange.last_chunk(response))
                 if exchange.body.stream_options and exchange.body.stream_options.include_usage:
                     yield _event(exchange.usage_chunk(response))
         yield "data: [DONE]\n\n"
@@ -142,6 +142,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         param = ".".join(str(part) for part in first["loc"][1:])
         if first["type"] == "json_invalid":
             return 400, error_body(f"the body is not JSON: {first['ctx']['error']}.", bad)
+        param = param or first.get("ctx", {}).get("name", "")
         return 400, error_body(f"{param or 'body'}: {first['msg']}.", bad, param or None)
     if isinstance(error, BadField):
         unknown_model = error.param == "model"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.files import read_text
-from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.engine import open_engine
 from specmoeoff.runtime.engine_thread import EngineThread
 from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.specs.plan import Plan
@@ -44,10 +44,9 @@ def serve(
 
     with _bind(host, port) as listener:
         opened = open_plan(plan, progress)
-        limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
         metrics = Metrics()
         with (
-            Engine(opened.target, opened.draft, plan.decode, plan.experts, plan.threads, limit) as engine,
+            open_engine(plan, opened, disk_limit_gb_per_s) as engine,
             EngineThread(engine, plan.decode.batch + max_queue, metrics.observe) as thread,
         ):
             metrics.watch(thread)

@@ -123,12 +123,16 @@ class Draw(random.Random):
         arrays = {"row_start": row_start, "first_position": np.array(firsts, np.int32), "page_table": table}
         return Call(cpu.Batch, arrays)
 
+    def perhaps(self, dtype: type, *shape: int) -> np.ndarray | None:
+        """Of an argument that may be left out."""
+        return self.array(dtype, *shape) if self.random() < 0.8 else None
+
     def layer(self, shape: Call) -> Call:
         s = cpu.LayerShape(**shape.arguments)
         n_positions, half = self.end + self.randint(0, 2), s.head_dim // 2
         arguments = {
             "shape": shape,
-            "input_norm": self.array(np.float32, s.hidden),
+            "input_norm": self.perhaps(np.float32, s.hidden),
             "qkv": self.packed(s.qkv_width, s.hidden),
             "o": self.packed(s.hidden, s.n_heads * s.head_dim),
             "post_norm": self.array(np.float32, s.hidden),
@@ -183,7 +187,7 @@ def linear(d: Draw) -> Call:
 
 def rmsnorm(d: Draw) -> Call:
     m, n = d.rows(), d.vectors()
-    arrays = {"x": d.array(np.float32, m, n), "weight": d.array(np.float32, n), "out": d.array(np.uint16, m, n)}
+    arrays = {"x": d.array(np.float32, m, n), "weight": d.perhaps(np.float32, n), "out": d.array(np.uint16, m, n)}
     return Call(d.kernels().rmsnorm, {**arrays, "eps": 1e-5})
 
 
@@ -215,7 +219,7 @@ def head_argmax(d: Draw) -> Call:
     m, hidden, vocab = d.rows(), d.vectors(), d.randint(1, 200)
     arrays = {
         "x": d.array(np.float32, m, hidden),
-        "norm": d.array(np.float32, hidden),
+        "norm": d.perhaps(np.float32, hidden),
         "packed": d.packed(vocab, hidden),
         "out": d.array(np.int32, m),
         "logits": d.array(np.float32, m, vocab) if d.random() < 0.5 else None,
@@ -261,11 +265,12 @@ def dense_pass(d: Draw) -> Call:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`writes`: arguments that C changes. `free`: sizes that may change alone."""
+    """`writes`: arguments that C changes. `free`: sizes that may change alone. `optional`: arrays that may be left out."""
 
     draw: Callable[[Draw], Call]
     writes: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 _BLOCK = ("x", "k_pages", "v_pages", "normed", "expert_index", "expert_weight")
@@ -288,7 +293,7 @@ KERNELS = {
     "pack_linear": Kernel(pack_linear, ("out",), free=("weight",)),
     "pack_expert": Kernel(pack_expert, ("out",)),
     "linear": Kernel(linear, ("out",)),
-    "rmsnorm": Kernel(rmsnorm, ("out",)),
+    "rmsnorm": Kernel(rmsnorm, ("out",), optional=("weight",)),
     "experts": Kernel(experts, ("out",), free=("normed", "out", "row_slots")),
     "combine": Kernel(combine, ("x",)),
     "head_argmax": Kernel(head_argmax, ("out", "logits"), free=("vocab", "logits")),
@@ -467,8 +472,8 @@ def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[s
     free = {"other size"} if name in kernel.free else set()
     if isinstance(value, np.ndarray) and (name in kernel.free or name == "page_table"):
         free = {"resized", "emptied"}
-    if name == "logits":
-        free = {"nothing"}
+    if name in ("input_norm", "norm", "logits", *kernel.optional):
+        free |= {"nothing"}
     return {mutation: change for mutation, change in found.items() if mutation not in free}
 
 

@@ -37,11 +37,18 @@ def open_study(url: str | None, name: str) -> optuna.Study:
     """A study to maximise, made or resumed, in memory where no URL or journal file is given. Raises BadInput."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = url and url.replace("postgresql://", "postgresql+psycopg://", 1)
+    return _open(url, name, n_tries=5)
+
+
+def _open(url: str | None, name: str, n_tries: int) -> optuna.Study:
     try:
         lock: Any = FileLock(url or "")  # Optuna asks for its methods, not for a class it keeps private
         journal = url if url is None or "://" in url else JournalStorage(JournalFileBackend(url, lock))
         return optuna.create_study(direction="maximize", storage=journal, study_name=name, load_if_exists=True)
     except Exception as error:  # of whichever database library
+        lost_a_race = type(error).__name__ in ("IntegrityError", "ProgrammingError")  # of workers that make the tables
+        if lost_a_race and n_tries > 1:
+            return _open(url, name, n_tries - 1)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(
             f"--storage {url}: cannot be opened ({reason}); give a journal file or a database URL."

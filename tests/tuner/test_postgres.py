@@ -96,6 +96,23 @@ def told(app: object) -> list[dict[str, str]]:
     return json.loads(body)["study_summaries"]
 
 
+def test_workers_that_make_the_tables_at_once_all_get_the_study(url: str) -> None:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as server:
+        server.execute("CREATE DATABASE fresh")
+    fresh = url.rpartition("/")[0] + "/fresh"
+    with ProcessPoolExecutor(6, mp_context=get_context("spawn")) as pool:
+        assert set(pool.map(opened, [fresh] * 6)) == {"shared"}
+
+
+def opened(url: str) -> str:
+    return open_study(url, "shared").study_name
+
+
 def test_a_server_that_is_not_there_is_named(url: str) -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(BadInput, match=r"--storage postgresql.* cannot be opened"):

@@ -15,6 +15,7 @@ from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.specs.plan import Plan
 
 DRAIN_S = 30
+KEEP_ALIVE_S = 10  # longer than clients keep idle connections, 5 s: or they ask one that is just being closed
 MAX_BODY_BYTES = 4 << 20
 BACKLOG = 1024
 STALLED_MS = 60_000
@@ -60,6 +61,7 @@ def serve(
                 ws="none",
                 lifespan="off",
                 timeout_graceful_shutdown=DRAIN_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
             server = uvicorn.Server(config)
 

@@ -7,7 +7,7 @@ recalibrate disk and memory speed; the medians of all windows are compared with 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -20,7 +20,7 @@ from specmoeoff.runtime.batch_files import read_batch, to_request
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.loading import Opened, default_draft, model_folder, open_plan
 from specmoeoff.runtime.process import available_bytes
-from specmoeoff.runtime.validate import Block, Options, Validator
+from specmoeoff.runtime.validate import ANSWERED_TOKENS, Block, Options, Validator
 from specmoeoff.specs.plan import PlainPlan, Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
@@ -33,11 +33,11 @@ TURNS, WINDOWS = 3, 3
 LARGE_SHARE = 0.05  # of a window: nodes that matter
 
 
-def parts_of(profile: HardwareProfile, workload: Workload, batch: int) -> tuple[Plan, dict[int, PlainPlan]]:
-    """A plan to open, and the best settings of each draft length."""
+def tuner_of(profile: HardwareProfile, workload: Workload, batch: int) -> Tuner:
+    """Of the demo with its disk capped."""
     draft = default_draft("demo")
     assert draft
-    tuner = Tuner(
+    return Tuner(
         TuneRequest(
             profile=profile,
             model=read_model_spec(model_folder("demo")),
@@ -51,15 +51,28 @@ def parts_of(profile: HardwareProfile, workload: Workload, batch: int) -> tuple[
             disk_limit_gb_per_s=CAP_GB_PER_S,
         )
     )
+
+
+def parts_of(tuner: Tuner, lengths: Sequence[int]) -> tuple[Plan, dict[int, PlainPlan]]:
+    """A plan to open, that of the longest draft, and the best settings of each draft length."""
     r = tuner.request
-    space = make_space(profile, r.model, r.draft, workload, tuner.n_slots, batch)
+    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch)
     space = replace(space, n_threads=(max(space.n_threads),))
     chosen = {}
-    for k in LENGTHS:
-        lengths = {"model": (k,)} if k else {"none": (0,)}
-        chosen[k] = exhaustive(replace(space, draft_lengths=lengths), tuner.price, tuner.bound)[0]  # type: ignore[arg-type]
-    plan = tuner.plan(chosen[LENGTHS[-1]], chosen[0], list(chosen.values()))
+    for k in lengths:
+        drafts = {"model": (k,)} if k else {"none": (0,)}
+        chosen[k] = exhaustive(replace(space, draft_lengths=drafts), tuner.price, tuner.bound)[0]  # type: ignore[arg-type]
+    plan = tuner.plan(chosen[lengths[-1]], chosen[0], list(chosen.values()))
     return plan, {k: tuner.part(choice) for k, choice in chosen.items()}
+
+
+def answers(validator: Validator) -> dict[str, list[int]]:
+    """The first tokens of every request's answer, plainly decoded."""
+    with validator._engine({"plain": validator.plain}) as engine:
+        engine.store.bucket.gb_per_s = None
+        engine.submit(replace(r, max_tokens=ANSWERED_TOKENS) for r in validator.requests)
+        list(engine.run())
+        return {s.request.request_id: s.output for s in engine.finished}
 
 
 def measure(validator: Validator, parts: dict[str, PlainPlan], limit: float | None) -> dict[str, list[Block]]:
@@ -82,6 +95,7 @@ def rows_of(
     requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
     validator = Validator(plan, opened, profile, workload, requests, Options(block_windows=WINDOWS))
     everything = validator._everything()
+    validator.answers = answers(validator)
     for regime, limit in (("disk capped", CAP_GB_PER_S), ("all resident", None)):
         if limit is None and everything is None:
             print("all experts do not fit in memory: no CPU-bound windows")
@@ -126,7 +140,7 @@ def main() -> None:
     profile, workload = HardwareProfile.load(options.profile), Workload.load(options.workload)
     rows: list[dict[str, object]] = []
     for batch in BATCHES:
-        plan, parts = parts_of(profile, workload, batch)
+        plan, parts = parts_of(tuner_of(profile, workload, batch), LENGTHS)
         opened = open_plan(plan)
         for row in rows_of(profile, workload, opened, plan, parts):
             rows.append(row)

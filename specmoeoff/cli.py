@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from specmoeoff import __version__
-from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, MissingCapability, SpecMoEOffError
+from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, SpecMoEOffError
 
 if TYPE_CHECKING:
-    from specmoeoff.specs.plan import Outlook, Plan
+    from specmoeoff.specs.plan import MeasuredTrial, Outlook, Plan
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.workload import Workload
     from specmoeoff.tuner.tune import TuneRequest
@@ -88,6 +88,10 @@ class Bar:
     def count(self, what: str, done: int, total: int) -> None:
         """The same for things counted."""
         self(what, done / max(total, 1))
+
+    def stop(self) -> None:
+        """Take the bar away before the block ends."""
+        self._bar.stop()
 
 
 @contextmanager
@@ -256,7 +260,10 @@ def workload(
     output: Output = Path("workload.json"),
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Batch-file lines; default: the demo's.")] = None,
     drafter: Annotated[
-        list[str] | None, typer.Option("--drafter", help="model or ngram; default: all there are.")
+        list[str] | None,
+        typer.Option(
+            "--drafter", help="model, ngram or eagle:HEAD, a head's folder; default: all that come with the model."
+        ),
     ] = None,
     requests: Annotated[int, typer.Option("--requests", help="Use at most this many.", min=1)] = 32,
     output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens of each answer.", min=2)] = 64,
@@ -267,6 +274,7 @@ def workload(
     """Measure lengths, acceptance by draft position, and how experts are used."""
     from specmoeoff.files import read_text, sha256_text
     from specmoeoff.runtime.batch_files import read_batch, to_request
+    from specmoeoff.runtime.drafters.eagle import load_eagle_head
     from specmoeoff.runtime.observe import observe, observing_residents
     from specmoeoff.specs.plan import PlanThreads
 
@@ -276,15 +284,17 @@ def workload(
         given = read_batch(path)[:requests]
         target, draft, tokenizer = _open_models(model, bar)
         todo = [to_request(line, tokenizer, target.spec, ignore_eos, output_tokens) for line in given]
-        names = drafter or (["model", "ngram"] if draft else ["ngram"])
-        for name in names:
-            if name not in ("model", "ngram"):
-                raise BadInput(f"--drafter {name}: choose model or ngram.")
+        drafts: dict[str, Any] = {}
+        for choice in drafter or (["model", "ngram"] if draft else ["ngram"]):
+            name, _, head = choice.partition(":")
+            if choice not in ("model", "ngram") and not (name == "eagle" and head):
+                raise BadInput(f"--drafter {choice}: choose model, ngram or eagle:HEAD.")
             if name == "model" and draft is None:
                 raise BadInput(f"--drafter model: {model} has no draft model.")
+            drafts[name] = load_eagle_head(head, target.spec) if head else draft if name == "model" else None
         threads = PlanThreads(compute=_n_cores(), disk_readers=2, disk_chunk_bytes=1 << 20)
         held = observing_residents(target)
-        result = observe(target, draft, todo, names, threads, batch, held, path.stem, lambda s: bar("decoding", s))  # type: ignore[arg-type]
+        result = observe(target, drafts, todo, threads, batch, held, path.stem, lambda s: bar("decoding", s))  # type: ignore[arg-type]
         result = result.model_copy(update={"prompts_sha256": sha256_text(read_text(path, "batch file"))})
     result.save(output)
     if as_json:
@@ -336,7 +346,12 @@ def tune(
     search: Annotated[str, typer.Option("--search", help="exhaustive or optuna.")] = "exhaustive",
     trials: Annotated[int, typer.Option("--trials", help="For optuna.", min=1)] = 200,
     measure: Annotated[
-        int, typer.Option("--measure", help="Run the best N and choose by what was measured.", min=0)
+        int,
+        typer.Option(
+            "--measure",
+            help="Choose by measuring: the best N, or with --search optuna N trials that begin there.",
+            min=0,
+        ),
     ] = 0,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage: a URL or a journal file.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
@@ -360,10 +375,11 @@ def tune(
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import default_draft, model_folder
     from specmoeoff.runtime.process import available_bytes
+    from specmoeoff.runtime.trial import rate_in_own_process
     from specmoeoff.specs.model import ModelShape
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.workload import Workload
-    from specmoeoff.tuner.tune import TuneRequest
+    from specmoeoff.tuner.tune import TuneRequest, plans_for_gpu
     from specmoeoff.tuner.tune import tune as find_plan
 
     profile_file, workload_file = find("machines", profile), find("workloads", workload)
@@ -398,9 +414,11 @@ def tune(
             storage=storage,
             command=" ".join(["specmoeoff", *sys.argv[1:]]),
             measure_top=measure,
-            measure=_measure_plan if measure else None,
+            measure=rate_in_own_process if measure else None,
             progress=lambda share: bar("tuning", share),
         )
+        if trace and plans_for_gpu(request):
+            raise BadInput("--trace: windows of a machine with a GPU cannot be traced yet; leave --trace out.")
         calibration: dict[str, Any] = {}
         if calibrate:
             request, calibration = _refit(request, calibrate)
@@ -435,12 +453,31 @@ def tune(
         ("memory", f"fast {sum(plan.memory.fast.values()):,} bytes, host {sum(plan.memory.host.values()):,} bytes"),
     ]
     _table(f"Plan for {plan.model.name}, {plan.inputs.n_evaluated} choices priced", rows, ("what", "chosen"))
+    if plan.measured:
+        _print_measured(plan.measured)
     if plan.outlook:
         _print_outlook(plan.outlook)
     if changes:
         header = ("change", "tokens/s", "times this plan's", "draft", "live requests", "bound by")
         _table("What if", [tuple(map(_cell, list(c.values())[:6])) for c in changes], header)
     typer.echo(f"wrote {output}")
+
+
+def _print_measured(trials: "Sequence[MeasuredTrial]") -> None:
+    from statistics import median
+
+    rows = [
+        (
+            f"{t.draft_length} by {t.drafter}",
+            str(t.batch),
+            f"{t.predicted_tokens_per_s:.1f}",
+            f"{median(t.tokens_per_s):.1f} ({len(t.tokens_per_s)})" if t.tokens_per_s else "",
+            t.failure,
+        )
+        for t in trials
+    ]
+    header = ("draft", "live requests", "predicted tokens/s", "measured (runs)", "failed")
+    _table("Measured", rows, header)
 
 
 def _print_outlook(outlook: "Outlook") -> None:
@@ -450,8 +487,6 @@ def _print_outlook(outlook: "Outlook") -> None:
         by_live.setdefault(at.live, []).append(str(at.draft_length))
     header = ("live requests", *(f"context {c}" for c in contexts))
     _table("Best draft length", [(str(live), *ks) for live, ks in by_live.items()], header)
-    gains = [(what, f"{gain:.2f}x") for what, gain in outlook.sensitivity.items()]
-    _table("Throughput if doubled, and draft, batch and placement are chosen anew", gains, ("what", "tokens/s"))
     for axis, why in outlook.flat_axes.items():
         typer.echo(f"{axis}: {why}")
     for assumption in outlook.assumptions:
@@ -500,20 +535,8 @@ def _save_predicted_trace(request: "TuneRequest", plan: "Plan", path: Path) -> N
     from specmoeoff.estimate.trace import chrome_trace, predicted_spans
     from specmoeoff.files import write_atomic
 
-    if plan.gpu:
-        raise BadInput(
-            "--trace: the plan is written, but windows of a machine with a GPU cannot be traced; leave --trace out."
-        )
     schedule = planned_schedule(plan, request.profile, request.workload, request.model, request.draft)
     write_atomic(path, chrome_trace(predicted_spans(schedule)))
-
-
-def _measure_plan(plan: "Plan") -> float:
-    """Tokens per second of a few windows of a plan, for `tune --measure`."""
-    from specmoeoff.runtime.loading import open_plan
-    from specmoeoff.runtime.trial import decode_rate
-
-    return decode_rate(plan, open_plan(plan))
 
 
 def _inputs_folder() -> Path:
@@ -568,55 +591,126 @@ def _warn_other_machine(plan: "Plan") -> None:
         )
 
 
-def _load_runnable(path: Path) -> "Plan":
-    from specmoeoff.specs.plan import Plan
-
-    plan = Plan.load(path)
-    if plan.gpu:
-        raise MissingCapability(
-            f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}), whose lanes this version cannot run; "
-            "use it with `report` or `export`, or tune with a profile of this machine."
-        )
-    return plan
-
-
 @app.command()
 def run(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to run.")],
-    input_file: Annotated[Path, typer.Option("--input", help="OpenAI batch-file lines.")],
-    output: Annotated[Path, typer.Option("--output", help="Answers, one JSON object a line.")],
+    input_file: Annotated[Path | None, typer.Option("--input", help="OpenAI batch-file lines.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Answers, one JSON object a line.")] = None,
     record: Annotated[Path | None, typer.Option("--record", help="Write what happened.")] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write the last windows in Chrome trace format.")
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print answers as they finish.")] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="With --stream, instead of a batch file.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of the answer to --prompt.", min=1)] = 256,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print answers as they finish, the one to --prompt as it comes.")
+    ] = False,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Spread over the Ray cluster at this address; `auto`: the running one.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always produce max_tokens.")] = False,
     disk_limit_gb_per_s: DiskLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Run a batch file under a plan; resumes where it stopped."""
+    """Run a batch file under a plan, resuming where it stopped, or answer one prompt."""
     from specmoeoff.runtime.batch_run import BatchRun
+    from specmoeoff.runtime.loading import load_runnable
 
+    _check_disk_limit(disk_limit_gb_per_s)
+    if prompt is not None:
+        if not stream or input_file or output or record or trace or ray:
+            raise BadInput("--prompt: goes with --stream, without --input, --output, --record, --trace and --ray.")
+        _stream_prompt(load_runnable(plan_file), prompt, max_tokens, ignore_eos, disk_limit_gb_per_s)
+        return
+    if input_file is None or output is None:
+        raise BadInput("--input and --output: are needed, or --stream and --prompt.")
     outputs = {"--output": output, "--record": record, "--trace": trace}
     _check_files(outputs, {"PLAN": plan_file, "--input": input_file})
-    _check_disk_limit(disk_limit_gb_per_s)
-    plan = _load_runnable(plan_file)
-    _warn_other_machine(plan)
-    with progress("opening the model", as_json or stream) as bar:
-        job = BatchRun(plan, input_file, output, disk_limit_gb_per_s, ignore_eos, bar.count)
-        result = job.run(lambda done, total: bar.count("decoding", done, total), typer.echo if stream else None)
-    if record:
-        result.save(record)
-    if trace:
-        job.save_trace(trace)
-    summary = {"requests": result.n_requests, "tokens": result.n_tokens, "seconds": round(result.duration_s, 3)}
+    plan = load_runnable(plan_file)
+    if ray:
+        if record or trace or stream:
+            raise BadInput(
+                "--ray: many engines write no --record and no --trace, and do not --stream; leave those out."
+            )
+        from specmoeoff.runtime.ray_run import RayRun
+
+        with progress("reaching the cluster", as_json) as bar:
+            spread = RayRun(plan, _inputs_folder(), input_file, output, ray, disk_limit_gb_per_s, ignore_eos)
+            summary = spread.run(lambda done, total: bar.count("decoding", done, total), _warn)
+    else:
+        _warn_other_machine(plan)
+        with progress("opening the model", as_json or stream) as bar:
+            job = BatchRun(plan, input_file, output, disk_limit_gb_per_s, ignore_eos, bar.count)
+            result = job.run(lambda done, total: bar.count("decoding", done, total), typer.echo if stream else None)
+        if record:
+            result.save(record)
+        if trace:
+            job.save_trace(trace)
+        summary = {
+            "requests": result.n_requests,
+            "failed": job.n_failed,
+            "tokens": result.n_tokens,
+            "seconds": round(result.duration_s, 3),
+        }
     if as_json:
         typer.echo(json.dumps({**summary, "output": str(output)}))
         return
-    rate = f", {result.n_tokens / result.duration_s:.1f} tokens/s" if result.duration_s and result.n_tokens else ""
-    typer.echo(
-        f"{result.n_requests} requests, {result.n_tokens} tokens in {result.duration_s:.1f} s{rate}; wrote {output}"
-    )
+    n_requests, n_tokens, seconds = summary["requests"], summary["tokens"], summary["seconds"]
+    rate = f", {n_tokens / seconds:.1f} tokens/s" if seconds and n_tokens else ""
+    failed = f"; {summary['failed']} could not be answered, their lines say why" if summary.get("failed") else ""
+    typer.echo(f"{n_requests} requests, {n_tokens} tokens in {seconds:.1f} s{rate}; wrote {output}{failed}")
+
+
+def _stream_prompt(
+    plan: "Plan", prompt: str, max_tokens: int, ignore_eos: bool, disk_limit_gb_per_s: float | None
+) -> None:
+    """As a chat where the model has a template for one."""
+    from specmoeoff.api import Engine, Prompt, generate
+
+    _warn_other_machine(plan)
+    with progress("opening the model", False) as bar:
+        engine = Engine(plan, disk_limit_gb_per_s, bar.count)
+    with engine:
+        asked: Prompt = [{"role": "user", "content": prompt}] if engine.tokenizer.has_chat_template else prompt
+        generate(engine, [asked], max_tokens, lambda _, text: typer.echo(text, nl=False), ignore_eos=ignore_eos)
+    typer.echo()
+
+
+def _warn(what: str) -> None:
+    typer.echo(f"warning: {what}", err=True)
+
+
+@app.command()
+def serve(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan to serve.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="Ask for this key; default: $SPECMOEOFF_API_KEY, if set.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", help="Requests that may wait; more are told to come back (429).", min=1)
+    ] = 256,
+    disk_limit_gb_per_s: DiskLimit = None,
+) -> None:
+    """OpenAI-compatible HTTP over the same engine: chat/completions, completions, models, health, metrics."""
+    from specmoeoff.runtime.loading import load_runnable
+    from specmoeoff.runtime.serving.server import is_loopback, read_api_key
+    from specmoeoff.runtime.serving.server import serve as serve_plan
+
+    _check_disk_limit(disk_limit_gb_per_s)
+    plan = load_runnable(plan_file)
+    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get("SPECMOEOFF_API_KEY") or None
+    if not is_loopback(host):
+        _warn(f"--host {host}: others can reach this server{'' if api_key else ', and no API key is asked for'}.")
+    _warn_other_machine(plan)
+    with progress("opening the model", False) as bar:
+
+        def ready(what: str) -> None:
+            bar.stop()
+            typer.echo(what, err=True)
+
+        serve_plan(plan, host, port, api_key, max_queue, disk_limit_gb_per_s, bar.count, ready)
 
 
 @app.command()
@@ -637,12 +731,12 @@ def validate(
 ) -> None:
     """Is the output unchanged, the prediction right, the memory within plan? Exit 1 with the cause if not."""
     from specmoeoff.runtime.batch_files import read_batch, to_request
-    from specmoeoff.runtime.loading import open_plan
+    from specmoeoff.runtime.loading import load_runnable, open_plan
     from specmoeoff.runtime.validate import Options, Validator
 
     inputs = {"PLAN": plan_file, "--prompts": prompts, "--profile": profile, "--workload": workload}
     _check_files({"--output": output}, inputs)
-    plan = _load_runnable(plan_file)
+    plan = load_runnable(plan_file)
     machine_profile, behaviour = _load_inputs(plan, profile, workload)
     lines = read_batch(prompts or _demo_prompts(plan.model.source))[:requests]
     _warn_other_machine(plan)

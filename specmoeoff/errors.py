@@ -27,3 +27,11 @@ class MissingCapability(SpecMoEOffError):
     """The machine or the installation lacks something; the message names the remedy."""
 
     exit_code = 3
+
+
+class TrialFailed(AnswerIsNo):
+    """A measured run of a plan did not end well. `kind`: out_of_memory, timeout, constraint or crash."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

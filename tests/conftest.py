@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import DiskLink, HardwareProfile, Machine, Measurement, OperatorTable, Roof
 from specmoeoff.specs.record import RunRecord
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
+from specmoeoff.tuner.tune import TuneRequest, tune
 
 
 def _measured(value: float, unit: str = "GB/s") -> Measurement:
@@ -149,6 +151,27 @@ def made_up_workload(target_spec: ModelSpec, draft_spec: ModelSpec) -> Workload:
         union=(UnionPoint(requests=1, tokens=1, distinct=2.0),),
         n_tokens_measured=1000,
     )
+
+
+@pytest.fixture(scope="session")
+def made_up_request(
+    made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec
+) -> TuneRequest:
+    return TuneRequest(
+        profile=made_up_profile,
+        model=target_spec,
+        workload=made_up_workload,
+        model_source="nowhere",
+        host_memory_bytes=8 << 30,
+        draft=draft_spec,
+        draft_source="nowhere-draft",
+        batch=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def plan(made_up_request: TuneRequest) -> Plan:
+    return tune(made_up_request)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,9 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 @pytest.fixture
-def plan(made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec, draft_spec, tmp_path: Path) -> Path:
-    found = tune(
-        TuneRequest(
-            profile=made_up_profile,
-            model=target_spec,
-            workload=made_up_workload,
-            model_source=str(tmp_path / "model"),
-            host_memory_bytes=8 << 30,
-            draft=draft_spec,
-            draft_source=str(tmp_path / "draft"),
-        )
-    )
-    found.save(tmp_path / "plan.toml")
+def plan(made_up_request: TuneRequest, tmp_path: Path) -> Path:
+    sources = {"model_source": str(tmp_path / "model"), "draft_source": str(tmp_path / "draft")}
+    tune(replace(made_up_request, **sources)).save(tmp_path / "plan.toml")
     return tmp_path / "plan.toml"
 
 
@@ -57,7 +48,19 @@ def test_what_runs_stays_small(module: str) -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("doctor", "profile", "workload", "tune", "run", "validate", "report", "compare", "export", "auto"):
+    for command in (
+        "doctor",
+        "profile",
+        "workload",
+        "tune",
+        "run",
+        "validate",
+        "report",
+        "compare",
+        "export",
+        "serve",
+        "auto",
+    ):
         assert run(command, "--help").returncode == 0
 
 

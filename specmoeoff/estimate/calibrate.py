@@ -29,6 +29,8 @@ def rescaled(
     speed, own = Calibration(1.0, memory, compute), own or {}
 
     def table(t: OperatorTable) -> OperatorTable:
+        if t.operator == "wake":  # neither bandwidth nor arithmetic
+            return t
         width = len(t.seconds) // len(t.grid[0])
         factors = [speed.scale(rows) * own.get((t.operator, t.shape), 1.0) for rows in t.grid[0] for _ in range(width)]
         changed = {

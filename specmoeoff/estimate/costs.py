@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.memory import expert_stride
-from specmoeoff.estimate.tables import OperatorTimes, find_table
+from specmoeoff.estimate.tables import OperatorTimes, find_table, wake_s
 from specmoeoff.pipeline import Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
@@ -80,6 +80,7 @@ class Prices:
             )
             for streams in (False, True)
         }
+        self.wake_s = wake_s(profile, spec.shape_key, n_threads)
         self._memo: dict[tuple[object, ...], float] = {}
 
     def seconds(self, graph: Graph) -> list[float]:

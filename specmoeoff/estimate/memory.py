@@ -82,9 +82,10 @@ def dense_bytes(spec: ModelSpec) -> int:
     return n_bytes
 
 
-def kv_bytes(spec: ModelSpec, batch: int, context_tokens: int) -> int:
-    """Pages for `batch` requests of `context_tokens`, and the spare page."""
-    n_pages = batch * -(-context_tokens // PAGE_TOKENS) + 1
+def kv_bytes(spec: ModelSpec, decode: PlanDecode) -> int:
+    """Pages for `kv_tokens`, or for `batch` requests of `context_tokens`, and the spare page."""
+    whole = decode.batch * -(-decode.context_tokens // PAGE_TOKENS)
+    n_pages = 1 + (-(-decode.kv_tokens // PAGE_TOKENS) if decode.kv_tokens else whole)
     return spec.n_layers * n_pages * layer_shape(spec).kv.page_bytes
 
 
@@ -116,11 +117,11 @@ def plan_memory(
     host = {
         "process": process_bytes,
         "dense_weights": dense_bytes(spec),
-        "kv": kv_bytes(spec, decode.batch, decode.context_tokens),
+        "kv": kv_bytes(spec, decode),
     }
     if draft is not None and decode.drafter == "model":
         host["draft_weights"] = dense_bytes(draft) + draft.n_all_experts * expert_stride(draft)
-        host["draft_kv"] = kv_bytes(draft, decode.batch, decode.context_tokens)
+        host["draft_kv"] = kv_bytes(draft, decode)
         workspace += workspace_bytes(draft, rows, decode.context_tokens)
     host["workspace"] = workspace
     fast = {"resident_experts": n_resident * stride, "stream_slots": stream_slots * stride}

@@ -87,7 +87,7 @@ def forecast(
     """Predict the steady state of windows over these live requests."""
     shape = window_shape(spec, workload, decode, experts, contexts)
     graph = window_graph(shape, experts.stream_slots, STEADY_WINDOWS)
-    schedule = simulate(graph, prices.seconds(graph))
+    schedule = simulate(graph, prices.seconds(graph), prices.wake_s)
     tokens = tokens_per_round(workload, decode)
     busy = schedule.busy_s
     prediction = Prediction(

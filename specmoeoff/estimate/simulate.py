@@ -2,7 +2,7 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specmoeoff.pipeline import Graph
@@ -64,15 +64,16 @@ class Schedule:
         return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == self.steady)
 
 
-def simulate(graph: Graph, seconds: Sequence[float]) -> Schedule:
-    """Event-driven list scheduling. Both lanes serve the most urgent ready node: the CPU by program order, the disk by
+def simulate(graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], float] = lambda wait_s: 0.0) -> Schedule:
+    """Event-driven list scheduling. `wake_s`: what work on the CPU takes longer after a wait of so many seconds. Both lanes serve the most urgent ready node: the CPU by program order, the disk by
     window, layer, demand before prefetch. Loads obey the slot rules of pipeline.py."""
-    return _Simulation(graph, seconds).run()
+    return _Simulation(graph, seconds, wake_s).run()
 
 
 class _Simulation:
-    def __init__(self, graph: Graph, seconds: Sequence[float]) -> None:
-        self._graph, self._seconds = graph, seconds
+    def __init__(self, graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], float]) -> None:
+        self._graph, self._seconds, self._wake_s = graph, seconds, wake_s
+        self._cpu_end_s = 0.0
         n = len(graph.nodes)
         self._missing = [len(node.deps) for node in graph.nodes]
         self._users: list[list[int]] = [[] for _ in range(n)]
@@ -115,6 +116,8 @@ class _Simulation:
         node = self._graph.nodes[index]
         self._end[index] = now
         self._busy[node.lane] = False
+        if node.lane == "cpu":
+            self._cpu_end_s = now
         if node.kind == "expert":
             self._free += 1
         for user in self._users[index]:
@@ -128,7 +131,8 @@ class _Simulation:
             node = self._graph.nodes[index]
             if node.kind == "attention":
                 self._current = (node.window, node.layer)
-            self._occupy(index, now, self._seconds[index])
+            waited = now - self._cpu_end_s
+            self._occupy(index, now, self._seconds[index] + (self._wake_s(waited) if waited > 0 else 0.0))
         if not self._busy["disk"] and self._ready_disk:
             window, layer, _, index = self._ready_disk[0]
             ahead = (window, layer) > self._current

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -83,6 +84,15 @@ def find_table(
         f"profile {profile.name}: operator {operator} was not measured at shape {shape} with {n_threads} threads; "
         "run `specmoeoff profile --model` with this model."
     )
+
+
+def wake_s(profile: HardwareProfile, shape: str, n_threads: int) -> Callable[[float], float]:
+    """What the first operator after a wait of so many seconds takes longer; nothing where that was not measured."""
+    for table in profile.operators:
+        if (table.operator, table.shape, table.n_threads) == ("wake", shape, n_threads):
+            waits, longer = (0.0, *table.grid[0]), (0.0, *table.seconds)
+            return lambda wait_s: float(np.interp(wait_s, waits, longer))
+    return lambda wait_s: 0.0
 
 
 def thread_counts(profile: HardwareProfile, shape: str) -> list[int]:

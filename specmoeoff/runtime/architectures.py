@@ -61,6 +61,7 @@ def spec_of(fields: dict[str, Any], path: Path, name: str, eos_token_ids: Any) -
     config = Config(fields, path)
     names = fields.get("architectures") or ["none"]
     found = names[0] if isinstance(names, list) else names
+    found = found.removesuffix("Eagle") if isinstance(found, str) else found  # SGLang's name of EAGLE heads
     if not isinstance(found, str) or found not in SUPPORTED:
         raise config.refuse(f"architecture {found} is not supported; use a checkpoint of {' or '.join(SUPPORTED)}.")
     architecture = SUPPORTED[found]

@@ -2,27 +2,32 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from specmoeoff import __version__
+from specmoeoff.errors import BadInput
 from specmoeoff.estimate.trace import Span, chrome_trace
 from specmoeoff.files import sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
-from specmoeoff.runtime.batch_files import Journal, read_batch, to_request, to_response
-from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.batch_files import BatchLine, Journal, error_line, read_batch, to_request, to_response
+from specmoeoff.runtime.engine import Engine, open_engine
 from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.runtime.process import disk_bytes_read, peak_rss_bytes
+from specmoeoff.runtime.sequence import Request
+from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.runtime.trace import Trace
+from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.record import RunRecord, Window
 
-TRACED_WINDOWS = 8
+TRACED_WINDOWS, RECORDED_WINDOWS = 8, 4096
 
 
 class BatchRun:
-    """One batch file under one plan. Bad input is refused before anything is written."""
+    """One batch file under one plan. A file that is none is refused before anything is written; a request that cannot be
+    answered gets a line that says why."""
 
     def __init__(
         self,
@@ -35,29 +40,27 @@ class BatchRun:
     ) -> None:
         self._plan = plan
         lines = read_batch(input_file)
-        opened = self._opened = open_plan(plan, progress)
-        self._requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos) for line in lines]
-        for request in self._requests:
-            Engine.check_fits(request, plan.decode.context_tokens)
-        self._urls = {line.custom_id: line.url for line in lines}
-        self._limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
+        self._opened = open_plan(plan, progress)
+        self._lines = {line.custom_id: line for line in lines}
+        self._ignore_eos = ignore_eos
+        self._limit = disk_limit_gb_per_s
         self._journal = Journal(output, lines, sha256_text(plan.text()), ignore_eos)
         self._traces: deque[tuple[Window, Trace]] = deque(maxlen=TRACED_WINDOWS)
 
     def run(self, progress: Callable[[int, int], None], say: Callable[[str], None] | None) -> RunRecord:
         """Finish what is missing; an interruption keeps what was finished."""
         plan, opened, journal = self._plan, self._opened, self._journal
-        missing = set(journal.missing)
-        todo = [r for r in self._requests if r.request_id in missing]
-        windows: list[Window] = []
+        windows: deque[Window] = deque(maxlen=RECORDED_WINDOWS)
         planned_bytes = read_bytes = n_tokens = 0
         begun = time.perf_counter()
         try:
+            lines = [self._lines[name] for name in journal.missing]
+            context_tokens = plan.decode.context_tokens
+            todo = answerable(lines, opened.tokenizer, opened.target.spec, context_tokens, self._ignore_eos, journal)
+            self.n_failed = len(lines) - len(todo)
             if todo:
                 before = disk_bytes_read()
-                with Engine(
-                    opened.target, opened.draft, plan.decode, plan.experts, plan.threads, self._limit
-                ) as engine:
+                with open_engine(plan, opened, self._limit) as engine:
                     loaded = disk_bytes_read() - before - engine.store.bytes_planned
                     engine.submit(todo)
                     begun = time.perf_counter()
@@ -65,15 +68,14 @@ class BatchRun:
                         windows.append(window)
                         self._traces.append((window, engine.last_trace))
                         for sequence in engine.finished:
-                            request = sequence.request
-                            journal.add(
-                                to_response(sequence, self._urls[request.request_id], plan.model.name, opened.tokenizer)
-                            )
+                            name = sequence.request.request_id
+                            journal.add(to_response(sequence, self._lines[name], plan.model.name, opened.tokenizer))
                             n_tokens += sequence.n_output
+                            self.n_failed += sequence.error is not None
                             if say:
-                                say(f"{request.request_id}: {opened.tokenizer.decode(sequence.output)}")
+                                say(f"{name}: {sequence.error or opened.tokenizer.decode(sequence.output)}")
                         engine.finished.clear()
-                        progress(len(journal.answers), len(self._requests))
+                        progress(journal.n_answers, len(self._lines))
                     planned_bytes = engine.store.bytes_planned
                 read_bytes = disk_bytes_read() - before - loaded
             duration_s = time.perf_counter() - begun
@@ -105,3 +107,24 @@ class BatchRun:
             for index, (start_s, end_s) in trace.times.items()
         ]
         write_atomic(path, chrome_trace(spans, self._traces[0][0].start_s if self._traces else 0.0))
+
+
+def answerable(
+    lines: Sequence[BatchLine],
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    context_tokens: int,
+    ignore_eos: bool,
+    journal: Journal,
+) -> list[Request]:
+    """The requests of these lines that can be answered; the others get their error line at once."""
+    found = []
+    for line in lines:
+        try:
+            request = to_request(line, tokenizer, spec, ignore_eos)
+            Engine.check_fits(request, context_tokens)
+        except BadInput as error:
+            journal.add(error_line(line.custom_id, 400, "invalid_request_error", str(error)))
+        else:
+            found.append(request)
+    return found

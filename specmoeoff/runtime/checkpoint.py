@@ -237,8 +237,11 @@ class Checkpoint:
         values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, 32)
         return np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(len(scales), -1)
 
+    def _expected(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(spec, f"{stacked_expert_name(0, 'down_proj')}_blocks" in self.places)
+
     def _check_tensors(self, spec: ModelSpec) -> None:
-        expected = expected_shapes(spec, f"{stacked_expert_name(0, 'down_proj')}_blocks" in self.places)
+        expected = self._expected(spec)
         for name, shape in expected.items():
             place = self.places.get(name)
             if place is None:

@@ -3,24 +3,30 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from math import log
+from statistics import fmean
 
 import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import Kernels
-from specmoeoff.runtime.drafters import Drafter
+from specmoeoff.runtime.drafters import Drafter, Proposal
+from specmoeoff.runtime.drafters.eagle import EagleDrafter, EagleHead
 from specmoeoff.runtime.drafters.model import ModelDrafter
 from specmoeoff.runtime.drafters.ngram import NgramDrafter
 from specmoeoff.runtime.drafters.none import NoDrafter
 from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
 from specmoeoff.runtime.kv_cache import PageTable
+from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.model import Model, Rows, make_rows
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.sampling import distribution, uniforms
 from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.runtime.trace import Trace
-from specmoeoff.runtime.verify import accept
-from specmoeoff.specs.plan import PlanDecode, PlanExperts, PlanThreads
+from specmoeoff.runtime.verify import accept, verify_sampled
+from specmoeoff.specs.plan import LengthAt, Plan, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.record import Window
 
 
@@ -30,21 +36,26 @@ def max_window_rows(decode: PlanDecode) -> int:
 
 
 class Engine:
-    """Runs requests on one target model under a plan's settings. Use as a context manager."""
+    """Runs requests on one target model under a plan's settings. Use as a context manager.
+
+    `draft_lengths`: the plan's table, which tells greedy requests how far to draft; sampled ones keep to `decode`, so that
+    their answers follow from their seeds whatever runs beside them.
+    """
 
     def __init__(
         self,
         target: PackedModel,
-        draft: PackedModel | None,
+        draft: PackedModel | EagleHead | None,
         decode: PlanDecode,
         experts: PlanExperts,
         threads: PlanThreads,
         disk_limit_gb_per_s: float | None = None,
         n_slots: int | None = None,
+        draft_lengths: Items[LengthAt] = (),
     ) -> None:
         spec = self.spec = target.spec
         kernels = Kernels(threads.compute, precision=spec.precision)
-        self._pages = PageTable(decode.batch, decode.context_tokens)
+        self._pages = PageTable(decode.batch, decode.context_tokens, decode.kv_tokens)
         n_positions = min(spec.max_positions, decode.context_tokens)
         max_rows = max_window_rows(decode)
         self.model = Model(target, kernels, self._pages.n_pages, n_positions, max_rows)
@@ -57,19 +68,24 @@ class Engine:
             threads.disk_chunk_bytes,
             disk_limit_gb_per_s,
             target.expert_bytes,
+            target.expert_sha256,
             spec.n_dense_layers,
         )
         self._drafters: dict[str, Drafter] = {"none": NoDrafter(), "ngram": NgramDrafter()}
-        if draft is not None:
+        if isinstance(draft, EagleHead):
+            self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
+        elif draft is not None:
             self._drafters["model"] = ModelDrafter(draft, kernels, self._pages, max_rows)
         self._executor = Executor(self.model, self.store)
         self._free_places = list(range(decode.batch))[::-1]
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.last_trace = Trace()
         self.last_counts: list[int] = []
         self.accept: Callable[[list[int], list[int]], int] = accept
+        self.n_preempted = 0
+        self._draft_lengths = draft_lengths
         self._window = 0
         self.configure(decode, experts)
 
@@ -85,11 +101,18 @@ class Engine:
         if max_window_rows(decode) > self.model.work.max_rows:
             raise ValueError("the new settings need a larger workspace than the engine was made with")
         if decode.drafter not in self._drafters:
-            raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
+            raise BadInput(
+                f"the plan's drafter is {decode.drafter}, but it names no draft; make the plan anew with `tune`."
+            )
         self.decode = decode
         self._drafter = self._drafters[decode.drafter]
         self._executor.place(experts)
         self._window = 0
+
+    @property
+    def drafters(self) -> dict[str, Drafter]:
+        """By name; one's own can be put in."""
+        return self._drafters
 
     @property
     def uses(self) -> list[dict[int, int]]:
@@ -105,7 +128,7 @@ class Engine:
         """Queue requests; one that cannot fit the context is refused."""
         for request in requests:
             self.check_fits(request, self.decode.context_tokens)
-            self._waiting.append(request)
+            self._waiting.append(Sequence(request, tokens=list(request.prompt)))
 
     @staticmethod
     def check_fits(request: Request, context_tokens: int) -> None:
@@ -132,11 +155,15 @@ class Engine:
     def rewind(self) -> None:
         """Take every live request back to the first token after its prompt, to run the same work again."""
         for sequence in self.live:
-            n_prompt = len(sequence.request.prompt)
-            del sequence.tokens[n_prompt + 1 :]
-            sequence.kv_tokens = min(sequence.kv_tokens, n_prompt)
+            sequence.rewind()
             for drafter in self._drafters.values():
                 drafter.roll_back(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget one request, waiting or live, between windows."""
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        for sequence in [s for s in self.live if s.request.request_id == request_id]:
+            self._retire(sequence)
 
     def cancel_all(self) -> None:
         """Forget every request."""
@@ -158,29 +185,34 @@ class Engine:
         self._admit()
         trace = Trace(self.store.n_slots)
         self._executor.read_ahead(self._window)
+        lengths = self._reserve()
         decoding = [s for s in self.live if not s.prefilling]
-        lengths = [min(self.decode.draft_length, s.n_remaining - 1) for s in decoding]
-        proposals = dict(zip(map(id, decoding), self._drafter.propose(decoding, lengths, trace), strict=True))
+        drafted = self._drafter.propose(decoding, [lengths[s] for s in decoding], trace)
+        proposals = dict(zip(decoding, drafted, strict=True))
         chunks = self._prefill_chunks()
-        inputs = [[s.tokens[-1], *proposals[id(s)]] if id(s) in proposals else chunks[id(s)] for s in self.live]
+        inputs = [[s.tokens[-1], *proposals[s].tokens] if s in proposals else chunks[s] for s in self.live]
         live = [(s, tokens) for s, tokens in zip(self.live, inputs, strict=True) if tokens]
         micro_batches = self._micro_batches(live)
         tokens = np.concatenate([np.asarray(t, np.int32) for _, t in live])
         contexts = [s.kv_tokens for s, _ in live]
         self.last_counts = [len(t) for _, t in live]
         self._executor.forward(self._window, tokens, micro_batches, trace)
+        for drafter in self._drafters.values():
+            drafter.see([s for s, _ in live], self.last_counts)
 
         starts = np.concatenate([[0], np.cumsum([len(t) for _, t in live])])
-        wanted = [self._head_rows(s, int(a), int(b)) for (s, _), a, b in zip(live, starts, starts[1:], strict=False)]
-        rows = np.concatenate(wanted)
-        with trace.run(trace.builder.head(len(rows))):
-            chosen = self.model.choose(rows).tolist() if len(rows) else []
-        with trace.run(trace.builder.verify(len(rows))):
-            n_emitted, position = 0, 0
-            for (sequence, given), wanted_rows in zip(live, wanted, strict=True):
-                answers = chosen[position : position + len(wanted_rows)]
-                position += len(wanted_rows)
-                n_emitted += self._advance(sequence, given, answers)
+        self._fail([s for s, _ in live], starts)
+        wanted = {s: self._head_rows(s, int(a), int(b)) for (s, _), a, b in zip(live, starts, starts[1:], strict=False)}
+        greedy = [s for s in wanted if not s.request.needs_logits]
+        n_head = sum(map(len, wanted.values()))
+        with trace.run(trace.builder.head(n_head)):
+            rows = np.concatenate([np.empty(0, np.int64), *(wanted[s] for s in greedy)])
+            chosen = iter(self.model.choose(rows).tolist() if len(rows) else [])
+            answers = {s: [next(chosen) for _ in wanted[s]] for s in greedy}
+        with trace.run(trace.builder.verify(n_head)):
+            n_emitted = sum(
+                self._advance(s, given, wanted[s], proposals.get(s, Proposal([])), answers.get(s)) for s, given in live
+            )
         end_s = time.perf_counter()
         prefill_rows = sum(len(c) for c in chunks.values())
         self.last_trace = trace
@@ -205,28 +237,73 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and self._free_places:
-            request = self._waiting.popleft()
-            sequence = Sequence(request, self._free_places.pop(), list(request.prompt))
-            self._pages.reserve(sequence.slot, len(request.prompt) + request.max_tokens)
+            sequence, slot = self._waiting[0], self._free_places[-1]
+            if not self._pages.reserve(slot, len(sequence.tokens)):
+                return
+            self._waiting.popleft()
+            sequence.slot = self._free_places.pop()
             self.live.append(sequence)
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _reserve(self) -> dict[Sequence, int]:
+        """Draft lengths of this window, and the pages it fills, oldest request first: where none are left the youngest go."""
+        plan_length = self.decode.draft_length
+        table_length = self._table_length()
+        lengths: dict[Sequence, int] = {}
+        for sequence in list(self.live):
+            if sequence not in self.live or sequence.prefilling:
+                continue  # a prompt's pages came with its place
+            length = table_length if sequence.request.sampling.greedy else plan_length
+            lengths[sequence] = max(0, min(length, sequence.n_remaining - 1))
+            while not self._pages.reserve(sequence.slot, len(sequence.tokens) + lengths[sequence]):
+                self._preempt(self.live[-1])
+                if sequence.slot < 0:
+                    break
+        return lengths
+
+    def _table_length(self) -> int:
+        """The table's draft length nearest to this window's requests, as far as it was planned for; else the plan's."""
+        decode, n_live = self.decode, len(self.live)
+        if not self._draft_lengths or decode.draft_length == 0 or not n_live:
+            return decode.draft_length
+        context = fmean(len(s.tokens) for s in self.live)
+        nearest = min(
+            self._draft_lengths, key=lambda at: abs(log(at.live / n_live)) + abs(log(at.context_tokens / context))
+        )
+        return min(nearest.draft_length, decode.batch * (decode.draft_length + 1) // n_live - 1)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Set a request aside until there are pages: its tokens stay, its keys and values are computed anew."""
+        self._leave(sequence)
+        sequence.slot, sequence.kv_tokens = -1, 0
+        self._waiting.appendleft(sequence)
+        self.n_preempted += 1
+
+    def _leave(self, sequence: Sequence) -> None:
         self.live.remove(sequence)
         self._pages.release(sequence.slot)
         for drafter in self._drafters.values():
             drafter.forget(sequence)
         self._free_places.append(sequence.slot)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._leave(sequence)
         self.finished.append(sequence)
 
-    def _prefill_chunks(self) -> dict[int, list[int]]:
-        """Prompt tokens that ride along in this window, oldest request first."""
+    def _fail(self, live: Items[Sequence], starts: np.ndarray) -> None:
+        """Give up the requests, from rows starts[i] on, that an expert which cannot be read was computed for."""
+        for row, error in self._executor.failed_rows.items():
+            sequence = live[int(np.searchsorted(starts, row, side="right")) - 1]
+            sequence.error, sequence.finish_reason = error, "error"
+
+    def _prefill_chunks(self) -> dict[Sequence, list[int]]:
+        """Tokens to prefill that ride along in this window, oldest request first."""
         room = self.decode.prefill_chunk_tokens
         chunks = {}
         for sequence in self.live:
             if sequence.prefilling:
-                chunk = sequence.request.prompt[sequence.kv_tokens : sequence.kv_tokens + room]
-                room -= len(chunk)
-                chunks[id(sequence)] = list(chunk)
+                last = min(sequence.kv_tokens + room, sequence.n_prefill)
+                chunks[sequence] = sequence.tokens[sequence.kv_tokens : last]
+                room -= len(chunks[sequence])
         return chunks
 
     def _micro_batches(self, live: list[tuple[Sequence, list[int]]]) -> list[Rows]:
@@ -251,22 +328,56 @@ class Engine:
     @staticmethod
     def _head_rows(sequence: Sequence, first: int, last: int) -> np.ndarray:
         """Rows whose next token matters: all while decoding, the last of a finished prompt, none before."""
+        if sequence.error:
+            return np.arange(0)
         if not sequence.prefilling:
             return np.arange(first, last)
-        complete = sequence.kv_tokens + last - first == len(sequence.request.prompt)
-        return np.array([last - 1] if complete else [], np.int64)
+        complete = not sequence.n_output and sequence.kv_tokens + last - first == sequence.n_prefill
+        return np.arange(last - complete, last)
 
-    def _advance(self, sequence: Sequence, given: list[int], answers: list[int]) -> int:
-        """Take the accepted tokens and the target's own next one; returns tokens emitted."""
+    def _advance(
+        self, sequence: Sequence, given: list[int], rows: np.ndarray, proposal: Proposal, answers: list[int] | None
+    ) -> int:
+        """Take the accepted tokens and the target's own next one; returns tokens emitted.
+
+        `rows` of the final states tell what may follow; `answers`: the likeliest, where nobody asked for more.
+        """
+        emitted = 0
         if sequence.prefilling:
             sequence.kv_tokens += len(given)
-            emitted = sequence.emit(answers)
-        else:
-            drafted = given[1:]
-            n_accepted = self.accept(drafted, answers)
-            emitted = sequence.emit([*drafted[:n_accepted], answers[n_accepted]])
+        if len(rows):
+            logits = None
+            if answers is None:
+                logits = np.empty((len(rows), self.spec.vocab), np.float32)
+                answers = self.model.choose(rows, logits).tolist()
+            emitted = sequence.emit(self._verify(sequence, proposal, answers, logits), logits)
             sequence.kv_tokens = len(sequence.tokens) - 1
         self._drafter.roll_back(sequence)
         if sequence.finish_reason:
             self._retire(sequence)
         return emitted
+
+    def _verify(
+        self, sequence: Sequence, proposal: Proposal, answers: list[int], logits: np.ndarray | None
+    ) -> list[int]:
+        """The tokens that stand and the one after them."""
+        drafted, sampling = proposal.tokens, sequence.request.sampling
+        if logits is None or sampling.greedy:
+            n_accepted = self.accept(drafted, answers) if sequence.n_output else 0
+            return [*drafted[:n_accepted], answers[n_accepted]]
+        p, uniform = distribution(logits, sampling), uniforms(sampling.seed, len(sequence.tokens), len(logits))
+        n_stand, token = verify_sampled(p, proposal.q, np.asarray(drafted, np.int64), uniform)
+        return [*drafted[: int(n_stand)], int(token)]
+
+
+def open_engine(plan: Plan, opened: Opened, disk_limit_gb_per_s: float | None = None) -> Engine:
+    """The engine of a plan; a limit of the disk lane given here goes before the plan's."""
+    return Engine(
+        opened.target,
+        opened.draft,
+        plan.decode,
+        plan.experts,
+        plan.threads,
+        disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s,
+        draft_lengths=plan.outlook.draft_lengths if plan.outlook else (),
+    )

@@ -22,6 +22,8 @@ class Executor:
         # by layer, {expert: rows}, of the window last run
         self.uses: list[dict[int, int]] = []
         self.routing_log: list[np.ndarray] | None = None
+        # rows of the window last run that lack an expert which could not be read, and why
+        self.failed_rows: dict[int, Exception] = {}
 
     def place(self, experts: PlanExperts) -> None:
         """Take another placement; what was on its way is forgotten."""
@@ -52,7 +54,7 @@ class Executor:
         """All layers of one pass; afterwards the residual stream holds the final states of tokens (M,)."""
         self.read_ahead(window)
         self._model.begin(tokens)
-        self.uses = []
+        self.uses, self.failed_rows = [], {}
         for layer in range(self._model.spec.n_layers):
             self._store.enter(window, layer)
             loads = self._ahead.pop((window, layer))
@@ -105,7 +107,11 @@ class Executor:
             load_node, node = waiting.pop(load)
             trace.note(load_node, load.start_s, load.end_s)
             with trace.run(node):
-                model.experts(layer, n_rows, {load.expert: store.packed(load.slot)}, slots)
+                rows = slots[load.expert]
+                if load.error is None:
+                    model.experts(layer, n_rows, {load.expert: store.packed(load.slot)}, slots)
+                else:  # whatever those rows become, nobody else's depend on them
+                    self.failed_rows |= dict.fromkeys((rows // model.spec.n_active).tolist(), load.error)
                 if not waiting:
                     model.combine(n_rows)
             store.release(load)

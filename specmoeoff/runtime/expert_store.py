@@ -4,6 +4,7 @@ Readers take chunks of the most urgent load: by window, then layer, demand befor
 starts and keeps it until its expert was computed. Reads are O_DIRECT into aligned slots: the page cache is never a tier.
 """
 
+import hashlib
 import heapq
 import os
 import threading
@@ -18,6 +19,9 @@ from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.kernels.cpu import aligned_empty
 
 PENDING, ACTIVE, DONE, DROPPED = range(4)
+ALIGNMENT = 4096
+# waits before reading again what could not be read
+RETRY_S = (0.01, 0.05, 0.2)
 
 
 class TokenBucket:
@@ -43,7 +47,7 @@ class TokenBucket:
 
 @dataclass(eq=False)
 class Load:
-    """One expert on its way. Times are seconds of time.perf_counter."""
+    """One expert on its way. Times are seconds of time.perf_counter. With an `error` its slot holds anything."""
 
     window: int
     layer: int
@@ -55,6 +59,7 @@ class Load:
     chunks_left: int = 0
     start_s: float = 0.0
     end_s: float = 0.0
+    error: Exception | None = None
 
 
 @dataclass
@@ -71,7 +76,10 @@ class _Lane:
 
 
 class ExpertStore:
-    """`experts[layer, expert]` of one packed file within `n_slots` slots of memory."""
+    """`experts[layer, expert]` of one packed file within `n_slots` slots of memory.
+
+    `sha256` by layer and expert: what every expert is compared with the first time it is read.
+    """
 
     def __init__(
         self,
@@ -83,11 +91,14 @@ class ExpertStore:
         chunk_bytes: int,
         disk_limit_gb_per_s: float | None = None,
         expert_bytes: int | None = None,
+        sha256: Sequence[Sequence[str]] | None = None,
         first_layer: int = 0,
     ) -> None:
+        self._sha256 = sha256
+        self._checked: set[tuple[int, int]] = set()
         self._path, self._n_experts, self.stride, self._first_layer = path, n_experts, stride, first_layer
         self._expert_bytes = expert_bytes or stride
-        self._chunk_bytes = max(4096, chunk_bytes // 4096 * 4096)
+        self._chunk_bytes = max(ALIGNMENT, chunk_bytes // ALIGNMENT * ALIGNMENT)
         self._n_chunks = -(-stride // self._chunk_bytes)
         self.bucket = TokenBucket(disk_limit_gb_per_s)
         self.bytes_planned = 0
@@ -143,6 +154,8 @@ class ExpertStore:
         loads = [load for layer, expert in missing for load in self.request(-1, layer, [expert], demand=False)]
         for load in loads:
             self.wait_any([load])
+            if load.error:
+                raise load.error
             self.resident[load.layer, load.expert] = load.slot
         self._free_all_but_resident(stream_slots)
         self.demand_reserve = demand_reserve
@@ -194,7 +207,7 @@ class ExpertStore:
             self._change.notify_all()
 
     def wait_any(self, loads: Sequence[Load]) -> Load:
-        """The first of `loads` that has arrived, in their order."""
+        """The first of `loads` that has arrived or failed, in their order."""
         with self._change:
             while True:
                 if self._lane.error:
@@ -255,6 +268,8 @@ class ExpertStore:
             load.chunks_left -= 1
             if load.chunks_left:
                 return
+        self._check(load)
+        with self._change:
             load.end_s = time.perf_counter()
             self.bytes_planned += self.stride
             self._lane.active.remove(load)
@@ -266,22 +281,33 @@ class ExpertStore:
                 load.state = DONE
             self._change.notify_all()
 
+    def _check(self, load: Load) -> None:
+        """Compare with the checksum once; what is read later passed it here or in another slot."""
+        key = load.layer, load.expert
+        if load.error or self._sha256 is None or key in self._checked:
+            return
+        if (
+            hashlib.sha256(self._arena[load.slot].data).hexdigest()
+            == self._sha256[load.layer - self._first_layer][load.expert]
+        ):
+            self._checked.add(key)
+        else:
+            load.error = self._unreadable(load, "differs from what was packed")
+
+    def _unreadable(self, load: Load, reason: str) -> BadInput:
+        return BadInput(
+            f"{self._path}: expert {load.expert} of layer {load.layer} {reason}; check the disk, then delete the folder "
+            f"{self._path.parent}: it will be packed anew."
+        )
+
     def _read_loop(self) -> None:
         while (work := self._next_chunk()) is not None:
-            load, chunk = work
             try:
-                self._read_chunk(load, chunk)
-            except OSError as error:
-                self._fail(
-                    BadInput(
-                        f"{self._path}: cannot be read ({error.strerror}); check the disk, then delete this folder."
-                    )
-                )
-                return
+                self._read_chunk(*work)
+                self._finish_chunk(work[0])
             except BaseException as error:
                 self._fail(error)
                 return
-            self._finish_chunk(load)
 
     def _fail(self, error: BaseException) -> None:
         with self._change:
@@ -293,8 +319,18 @@ class ExpertStore:
         view = memoryview(self._arena[load.slot])[first : first + self._chunk_bytes]
         offset = ((load.layer - self._first_layer) * self._n_experts + load.expert) * self.stride + first
         self.bucket.take(len(view))
-        while view:
-            n_read = os.preadv(self._descriptor, [view], offset)
-            if n_read == 0:
-                raise BadInput(f"{self._path}: ends early; pack the model anew (delete this folder).")
+        waits = iter(RETRY_S)
+        while view and not load.error:
+            try:
+                # whole blocks only: O_DIRECT goes on nowhere else
+                n_read = os.preadv(self._descriptor, [view], offset) // ALIGNMENT * ALIGNMENT
+                reason = "is cut short"
+            except OSError as error:
+                n_read, reason = 0, f"cannot be read ({error.strerror})"
             view, offset = view[n_read:], offset + n_read
+            if not n_read:
+                wait_s = next(waits, None)
+                if wait_s is None:
+                    load.error = self._unreadable(load, reason)
+                else:
+                    time.sleep(wait_s)

@@ -116,6 +116,7 @@ class GgufCheckpoint(Checkpoint):
             name = "MixtralForCausalLM"
         config["vocab_size"] = self.places["token_embd.weight"].shape[0] if "token_embd.weight" in self.places else None
         config["tie_word_embeddings"] = "output.weight" not in self.places
+        config["attention_bias"] = "blk.0.attn_output.bias" in self.places
         if architecture == "qwen3moe":
             config["norm_topk_prob"] = True  # of every published one; the metadata do not say
         if architecture == "deepseek2":

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from specmoeoff.errors import BadInput
 from specmoeoff.estimate.memory import layer_shape
 from specmoeoff.kernels.cpu import PAGE_TOKENS, aligned_empty
 from specmoeoff.specs.model import ModelSpec
@@ -21,21 +22,31 @@ class KVCache:
 
 
 class PageTable:
-    """Which pages a live request owns. Page 0 belongs to nobody: unused entries point at it."""
+    """Which pages a live request owns, of a budget that all share. Page 0 belongs to nobody: unused entries point at it."""
 
-    def __init__(self, n_slots: int, context_tokens: int) -> None:
+    def __init__(self, n_slots: int, context_tokens: int, kv_tokens: int | None = None) -> None:
         self.pages_per_request = pages_for(context_tokens)
-        self.n_pages = n_slots * self.pages_per_request + 1
+        n_owned = pages_for(kv_tokens) if kv_tokens else n_slots * self.pages_per_request
+        if n_owned < self.pages_per_request:
+            raise BadInput(
+                f"the plan's decode.kv_tokens of {kv_tokens} cannot hold one context of {context_tokens}; raise it."
+            )
+        self.n_pages = n_owned + 1
         self.table = np.zeros((n_slots, self.pages_per_request), np.int32)
         self._free = list(range(self.n_pages - 1, 0, -1))
 
-    def reserve(self, slot: int, n_tokens: int) -> None:
-        """Give a request all the pages it can ever need: nothing is preempted half-way."""
-        n_pages = pages_for(n_tokens)
-        self.table[slot, :n_pages] = [self._free.pop() for _ in range(n_pages)]
+    def reserve(self, slot: int, n_tokens: int) -> bool:
+        """Give a request the pages it lacks for `n_tokens`; False, and nothing given, where too few are free."""
+        owned = self.table[slot]
+        first, last = int(np.count_nonzero(owned)), pages_for(n_tokens)
+        if last - first > len(self._free):
+            return False
+        if last > first:
+            owned[first:last] = [self._free.pop() for _ in range(last - first)]
+        return True
 
     def release(self, slot: int) -> None:
-        """Take a finished request's pages back."""
+        """Take a request's pages back."""
         owned = self.table[slot]
         self._free.extend(int(page) for page in owned[owned > 0][::-1])
         owned[:] = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from specmoeoff.errors import AnotherModel, BadInput, MissingCapability
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
+from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head, read_eagle_spec
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ class Opened:
     """Packed models and the tokenizer of a plan's checkpoint."""
 
     target: PackedModel
-    draft: PackedModel | None
+    draft: PackedModel | EagleHead | None
     tokenizer: Tokenizer
 
 
@@ -40,14 +41,29 @@ def default_draft(source: str) -> str | None:
     return DEMO_DRAFT if source == "demo" else None
 
 
+def load_runnable(path: Path | str) -> Plan:
+    """The plan of a file, or a sentence why this machine cannot run it."""
+    plan = Plan.load(path)
+    if plan.gpu:
+        raise MissingCapability(
+            f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}), whose lanes this version cannot run; "
+            "use it with `report` or `export`, or tune with a profile of this machine."
+        )
+    return plan
+
+
 def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     """Check that the plan can run and that the models are those it was made for, pack them if need be, open everything."""
     folder = model_folder(plan.model.source)
     spec = _same_model(plan.model.fingerprint, folder, plan.model.name)
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
-    draft = None
-    if plan.draft is not None:
+    draft: PackedModel | EagleHead | None = None
+    if plan.draft is not None and plan.decode.drafter == "eagle":
+        draft_folder = model_folder(plan.draft.source)
+        _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name, read_eagle_spec)
+        draft = load_eagle_head(draft_folder, spec)
+    elif plan.draft is not None:
         draft_folder = model_folder(plan.draft.source)
         draft_spec = _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name)
         if draft_spec.n_experts != 1 or draft_spec.vocab != spec.vocab:
@@ -55,7 +71,7 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
                 f"{draft_folder}: a draft must be dense and share the target's {spec.vocab} tokens; tune again."
             )
         draft = pack_model(draft_folder, progress, plan.model.precision)
-    elif plan.decode.drafter == "model":
+    elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(
         pack_model(folder, progress, plan.model.precision),
@@ -95,8 +111,10 @@ def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
         require(experts.stream_slots >= fewest, f"experts.stream_slots must be at least {fewest}, where any are read")
 
 
-def _same_model(fingerprint: str, folder: Path, name: str) -> ModelSpec:
-    found = read_model_spec(folder)
+def _same_model(
+    fingerprint: str, folder: Path, name: str, read: Callable[[Path], ModelSpec] = read_model_spec
+) -> ModelSpec:
+    found = read(folder)
     if found.fingerprint != fingerprint:
         raise AnotherModel(
             f"{folder}: the plan was made for another model ({name}, fingerprint {fingerprint[:12]}; this one has "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from specmoeoff.kernels.cpu import (
 )
 from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
-from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.rope import rope_tables
 from specmoeoff.specs.model import ModelSpec
 
@@ -61,32 +61,39 @@ def _array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return aligned_empty(n_bytes).view(dtype).reshape(shape)
 
 
+class Weights(Protocol):
+    """What a model is made of, such as a PackedModel."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its shape."""
+
+    def load_dense(self) -> dict[str, np.ndarray]:
+        """All weights but the experts', by name; a norm may be left out."""
+
+
 class Model:
     """Everything of a model but its experts."""
 
-    def __init__(self, packed: PackedModel, kernels: Kernels, n_pages: int, n_positions: int, max_rows: int) -> None:
+    def __init__(self, packed: Weights, kernels: Kernels, n_pages: int, n_positions: int, max_rows: int) -> None:
         spec = self.spec = packed.spec
         self._kernels = kernels
         self.kv = KVCache(spec, n_pages)
         self.work = Workspace(spec, max_rows)
         dense = packed.load_dense()
-        self._embedding, self._head, self._norm = dense["embedding"], dense["lm_head"], dense["norm"]
+        self.embedding, self.head, self._norm = dense["embedding"], dense["lm_head"], dense.get("norm")
         cos, sin = rope_tables(spec, n_positions)
         prefixes = [f"layers.{i}." for i in range(spec.n_layers)]
         self._expert_biases = [dense[prefix + "expert_biases"] for prefix in prefixes if spec.expert_bias]
-        self._layers = [
-            LayerWeights(
-                layer_shape(spec, i),
-                **{"router": None} | {name: dense[prefix + name] for name in layer_arrays(spec, i)},
-                cosines=cos,
-                sines=sin,
-            )
-            for i, prefix in enumerate(prefixes)
-        ]
+        self._layers = []
+        for layer, prefix in enumerate(prefixes):
+            arrays: dict[str, Any] = {name: dense.get(prefix + name) for name in layer_arrays(spec, layer)}
+            arrays.setdefault("router", None)
+            self._layers.append(LayerWeights(layer_shape(spec, layer), **arrays, cosines=cos, sines=sin))
 
     def begin(self, tokens: np.ndarray) -> None:
         """Embed tokens (M,) into the residual stream."""
-        rows = self._embedding[tokens]
+        rows = self.embedding[tokens]
         self.work.x[: len(tokens)] = (
             rows if rows.dtype == np.float32 else (rows.astype(np.uint32) << 16).view(np.float32)
         )
@@ -145,10 +152,16 @@ class Model:
         arrays = (work.normed[:n], work.expert_index[:n], work.expert_weight[:n], work.expert_out[:n])
         self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.pages, *arrays)
 
+    def features(self, n_rows: int) -> np.ndarray:
+        """What the head sees of the pass's rows, (n_rows, hidden) bf16; valid until the next pass."""
+        normed = self.work.normed[:n_rows]
+        self._kernels.rmsnorm(self.work.x[:n_rows], self._norm, self.spec.rms_eps, normed)
+        return normed
+
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """The most likely next token after each of `rows` (n,), int32; logits (n, vocab) float32 if wanted."""
         chosen = np.empty(len(rows), np.int32)
         states = np.ascontiguousarray(self.work.x[rows])
         spec = self.spec
-        self._kernels.head_argmax(states, self._norm, spec.rms_eps, self._head, spec.vocab, chosen, logits)
+        self._kernels.head_argmax(states, self._norm, spec.rms_eps, self.head, spec.vocab, chosen, logits)
         return chosen

@@ -1,18 +1,21 @@
 """Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.experts import fit_union_exponent
+from specmoeoff.runtime.drafters.eagle import EagleHead
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes
+from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
+from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 
@@ -50,6 +53,16 @@ def observing_residents(target: PackedModel) -> int:
     """How many experts to hold while observing: all if memory allows, else a quarter."""
     n = target.spec.n_all_experts
     return n if n * target.expert_stride < 0.6 * available_bytes() else n // 4
+
+
+def observing_experts(spec: ModelSpec, n_resident: int) -> PlanExperts:
+    """The first `n_resident` experts, layer by layer for each number, are held; the others are read when asked for."""
+    whole, rest = divmod(n_resident, spec.n_layers)
+    return PlanExperts(
+        resident=tuple(tuple(range(whole + (layer < rest))) for layer in range(spec.n_layers)),
+        prefetch=((),) * spec.n_layers,
+        stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
+    )
 
 
 def lengths(counts: Sequence[int]) -> Lengths:
@@ -90,16 +103,16 @@ def _distinct(counts: list[int], index: np.ndarray, n_requests: int, n_tokens: i
 
 def observe(
     target: PackedModel,
-    draft: PackedModel | None,
+    drafts: Mapping[DrafterName, PackedModel | EagleHead | None],
     requests: Sequence[Request],
-    drafters: Sequence[DrafterName],
     threads: PlanThreads,
     batch: int,
     n_resident: int,
     name: str,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Workload:
-    """Run the requests once per drafter with long drafts and count. `n_resident` experts are held in memory."""
+    """Run the requests once per drafter, given with its weights if it has any, with long drafts and count. `n_resident`
+    experts are held in memory."""
     spec = target.spec
     context = max(len(r.prompt) + r.max_tokens for r in requests)
     if context > spec.max_positions:
@@ -108,14 +121,8 @@ def observe(
     chosen = np.zeros((spec.n_layers, spec.n_experts))
     log: list[tuple[list[int], np.ndarray]] = []
     n_tokens, output_lengths = 0, [1]
-    everything = [(layer, e) for e in range(spec.n_experts) for layer in range(spec.n_layers)]
-    held = set(everything[:n_resident])
-    experts = PlanExperts(
-        resident=tuple(tuple(e for e in range(spec.n_experts) if (la, e) in held) for la in range(spec.n_layers)),
-        prefetch=((),) * spec.n_layers,
-        stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
-    )
-    for turn, drafter in enumerate(drafters):
+    experts = observing_experts(spec, n_resident)
+    for turn, (drafter, draft) in enumerate(drafts.items()):
         decode = PlanDecode(
             drafter=drafter,
             draft_length=0 if drafter == "none" else LONGEST_DRAFT,
@@ -125,15 +132,15 @@ def observe(
             prefill_chunk_tokens=512,
         )
         counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
-        with Engine(target, draft if drafter == "model" else None, decode, experts, threads) as engine:
+        with Engine(target, draft, decode, experts, threads) as engine:
             engine.accept = counter
-            engine.submit(requests)
+            engine.submit(replace(r, sampling=GREEDY) for r in requests)
             total = sum(r.max_tokens for r in requests)
             done = 0
             routing = engine.log_routing()
             for window in engine.run():
                 done += window.tokens
-                progress((turn + done / total) / len(drafters))
+                progress((turn + done / total) / len(drafts))
                 if window.prefill_rows == 0:
                     n_tokens += window.rows
                     index = np.stack(routing)
@@ -151,7 +158,7 @@ def observe(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model_name=spec.name,
         model_fingerprint=spec.fingerprint,
-        draft_fingerprint=draft.spec.fingerprint if draft else None,
+        draft_fingerprint=model.spec.fingerprint if (model := drafts.get("model")) else None,
         n_requests=len(requests),
         prompt_tokens=lengths([len(r.prompt) for r in requests]),
         output_tokens=lengths(output_lengths),

@@ -67,6 +67,11 @@ class PackedModel:
         self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate, self.spec.precision)
 
     @property
+    def expert_sha256(self) -> tuple[tuple[str, ...], ...]:
+        """SHA-256 of each expert with its padding, (n_layers, n_experts)."""
+        return self._manifest.expert_sha256
+
+    @property
     def dense_bytes(self) -> int:
         """Memory that `load_dense` takes."""
         return _aligned(max(a.offset + a.n_bytes for a in self._manifest.dense.values()))
@@ -130,9 +135,11 @@ def _read_direct(path: Path, offset: int, n_bytes: int) -> np.ndarray:
     return buffer
 
 
-def _pack_weight(weight: np.ndarray) -> np.ndarray:
+def pack_weight(weight: np.ndarray) -> np.ndarray:
+    """(n_out, n_in) as the kernels want it, in the precision of its type."""
     precision: Precision = "fp32" if weight.dtype == np.float32 else "bf16"
-    out = np.empty(packed_linear_bytes(*weight.shape, precision), np.uint8)
+    n_out, n_in = weight.shape
+    out = np.empty(packed_linear_bytes(n_out, n_in, precision), np.uint8)
     pack_linear(weight, out)
     return out
 
@@ -141,7 +148,7 @@ def _dense_arrays(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[tuple[str
     embedding = checkpoint.tensor("model.embed_tokens.weight", spec.precision)
     yield "embedding", embedding
     head = embedding if spec.tie_embeddings else checkpoint.tensor("lm_head.weight", spec.precision)
-    yield "lm_head", _pack_weight(head)
+    yield "lm_head", pack_weight(head)
     yield "norm", checkpoint.tensor_f32("model.norm.weight")
     for layer in range(spec.n_layers):
         for name in layer_arrays(spec, layer):
@@ -168,7 +175,7 @@ def _layer_array(checkpoint: Checkpoint, spec: ModelSpec, layer: int, name: str)
     weights = [checkpoint.tensor(tensors[part][0], spec.precision) for part in parts]
     if spec.kv_latent and name in ("qkv", "q_up", "kv_up"):
         weights[-1] = _latent_rows(spec, name, weights[-1])
-    return _pack_weight(np.concatenate(weights))
+    return pack_weight(np.concatenate(weights))
 
 
 def _latent_rows(spec: ModelSpec, name: str, weight: np.ndarray) -> np.ndarray:

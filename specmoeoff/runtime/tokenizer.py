@@ -40,6 +40,11 @@ class Tokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         return text if isinstance(text, str) else ""
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be asked."""
+        return (self._folder / "chat_template.jinja").is_file() or isinstance(self._config.get("chat_template"), str)
+
     def _template(self) -> str:
         path = self._folder / "chat_template.jinja"
         if path.is_file():
@@ -77,3 +82,7 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """The text of one token by itself, special ones included."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))

@@ -20,6 +20,7 @@ from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.process import available_bytes, disk_bytes_read, peak_rss_bytes
+from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.verify import accept
 from specmoeoff.specs.model import ModelSpec
@@ -41,6 +42,9 @@ from specmoeoff.specs.workload import Workload
 WINDOW_ERROR, DISK_ERROR, RSS_ERROR, BYTES_ERROR = 0.15, 0.15, 0.10, 0.02
 LOSSLESS_TOKENS = 64
 SWEEP_LENGTHS = (1, 2, 4, 8)
+ANSWERED_TOKENS = (
+    32  # requests of a block are up to this far in their answers, evenly: all beginning at once use fewer experts
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Validator:
         options: Options,
     ) -> None:
         self.plan, self.opened, self.profile, self.workload = plan, opened, profile, workload
-        self.requests, self.options = list(requests), options
+        self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options
         self.tuned, self.plain = tuned_part(plan), plan.plain
         self.spec = opened.target.spec
         self.draft_spec = opened.draft.spec if opened.draft else None
@@ -101,6 +105,7 @@ class Validator:
         self.measured_events: tuple[TimelineEvent, ...] = ()
         self.predicted_events: tuple[TimelineEvent, ...] = ()
         self.recalibrator: Recalibrator | None = None
+        self.answers: dict[str, list[int]] = {}  # known ones, by request
         self.lossless: bool | None = None
         self.bytes_planned = self.bytes_read = self.rss_bytes = self.n_tokens = 0
 
@@ -165,7 +170,7 @@ class Validator:
                 self.windows.append(window)
                 done += window.tokens
                 self.options.progress("running the plan", done / total)
-            output = {s.request.request_id: s.output for s in engine.finished}
+            output = self.answers = {s.request.request_id: s.output for s in engine.finished}
             self.rss_bytes = peak_rss_bytes()
             self.bytes_planned = engine.store.bytes_planned
         self.bytes_read = disk_bytes_read() - before - loaded
@@ -249,10 +254,12 @@ class Validator:
         k = max(p.decode.draft_length for p in parts.values())
         context = first.decode.context_tokens
         if room:
-            k, longest = max(k, *SWEEP_LENGTHS), max(len(r.prompt) for r in self.requests)
+            k, longest = max(k, *SWEEP_LENGTHS), max(len(r.prompt) for r in self.requests) + ANSWERED_TOKENS
             windows = max(self.options.block_windows, self.options.uncapped_block_windows) + 2
             context = min(max(context, longest + windows * (k + 1)), self.spec.max_positions)
-        widest = first.decode.model_copy(update={"draft_length": k, "context_tokens": context, "drafter": "none"})
+        widest = first.decode.model_copy(
+            update={"draft_length": k, "context_tokens": context, "drafter": "none", "kv_tokens": None}
+        )
         slots = max(p.experts.n_resident + p.experts.stream_slots for p in parts.values())
         if len(parts) == 1:
             widest = first.decode
@@ -263,15 +270,17 @@ class Validator:
 
     @staticmethod
     def _configure(engine: Engine, part: PlainPlan) -> None:
-        context = engine.decode.context_tokens
-        engine.configure(part.decode.model_copy(update={"context_tokens": context}), part.experts)
+        kept = {name: getattr(engine.decode, name) for name in ("context_tokens", "kv_tokens")}
+        engine.configure(part.decode.model_copy(update=kept), part.experts)
 
     def _warm(self, engine: Engine, turn: int) -> None:
         """Every place decoding, end of sequence ignored; each turn takes other prompts where there are more."""
         engine.cancel_all()
         context, batch = engine.decode.context_tokens, self.tuned.decode.batch
         chosen = [self.requests[(turn * batch + i) % len(self.requests)] for i in range(batch)]
-        engine.submit(Request(f"live {i}", r.prompt, context - len(r.prompt), ()) for i, r in enumerate(chosen))
+        for i, r in enumerate(chosen):
+            begun = r.prompt + tuple(self.answers.get(r.request_id, ())[: ANSWERED_TOKENS * i // batch])
+            engine.submit([Request(f"live {i}", begun, context - len(begun), ())])
         while not engine.live or any(s.prefilling for s in engine.live) or len(engine.live) < batch:
             engine.step("warm-up")
             engine.rewind()  # none may end before the last has begun

@@ -23,7 +23,11 @@ class PlanModel(Spec):
 
 
 class PlanDecode(Spec):
-    """k drafted, k+1 verified, 1..k+1 emitted. k = 0 is plain decoding."""
+    """k drafted, k+1 verified, 1..k+1 emitted. k = 0 is plain decoding.
+
+    kv_tokens: tokens the KV cache holds, of all requests together; None: `batch` whole contexts. With fewer the youngest
+    request is set aside when it is full, and computed anew later.
+    """
 
     drafter: DrafterName
     draft_length: NotNegative
@@ -31,6 +35,7 @@ class PlanDecode(Spec):
     micro_batches: Positive
     context_tokens: Positive
     prefill_chunk_tokens: Positive
+    kv_tokens: Positive | None = None
 
 
 class PlanExperts(Spec):
@@ -120,14 +125,23 @@ class ParetoPoint(Spec):
 
 
 class Outlook(Spec):
-    """Around the chosen point. flat_axes: what was not searched, and why. sensitivity: tokens per second over the plan's
-    when one thing is doubled and draft, batch and placement are chosen anew. assumptions: numbers nobody measured here."""
+    """Around the chosen point. flat_axes: what was not searched, and why. assumptions: numbers nobody measured here."""
 
     draft_lengths: tuple[LengthAt, ...] = ()
     pareto: tuple[ParetoPoint, ...] = ()
     flat_axes: dict[str, str] = Field(default_factory=dict)
-    sensitivity: dict[str, float] = Field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
+
+
+class MeasuredTrial(Spec):
+    """A choice that was run while tuning; without rates where it failed, or was not run to the end, for the reason given."""
+
+    drafter: DrafterName
+    draft_length: int
+    batch: int
+    predicted_tokens_per_s: float
+    tokens_per_s: tuple[float, ...]
+    failure: str = ""
 
 
 class PlanInputs(Spec):
@@ -162,6 +176,7 @@ class Plan(FileSpec):
     curve: tuple[CurvePoint, ...] = ()
     gpu: PlanGpu | None = None
     outlook: Outlook | None = None
+    measured: tuple[MeasuredTrial, ...] = ()
 
 
 class PlainPlan(Spec):

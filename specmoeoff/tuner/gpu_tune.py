@@ -1,6 +1,5 @@
 """From profile, model and workload to a plan for a machine with a GPU."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -12,7 +11,7 @@ from specmoeoff.estimate.gpu_choices import Choices, make_problem
 from specmoeoff.estimate.gpu_memory import BUFFERED_LAYERS, tiers, total
 from specmoeoff.estimate.gpu_window import GpuEstimator
 from specmoeoff.estimate.memory import in_mib
-from specmoeoff.estimate.rates import ASSUMPTIONS, Rates, rates_of
+from specmoeoff.estimate.rates import ASSUMPTIONS, rates_of
 from specmoeoff.files import sha256_text
 from specmoeoff.specs.plan import (
     CurvePoint,
@@ -198,7 +197,6 @@ class GpuTuner:
             draft_lengths=self._length_table(best),
             pareto=self._pareto(priced),
             flat_axes=flat,
-            sensitivity=self._sensitivity(best),
             assumptions=tuple(assumptions),
         )
 
@@ -238,46 +236,6 @@ class GpuTuner:
             )
             for i in front[np.unique(np.linspace(0, len(front) - 1, 24).astype(int))]
         )
-
-    def _sensitivity(self, best: Choices) -> dict[str, float]:
-        """Micro-batches, KV's place and when experts are read stay as planned; all else is chosen anew."""
-        points = self.space.points()
-        choices = self.space.choices(points)
-        same = (choices.micro_batches == best.micro_batches[0]) & (choices.on_demand == best.on_demand[0])
-        points = points[same & (choices.kv_share == best.kv_share[0])]
-
-        def rate(space: GpuSpace, rates: Rates) -> float:
-            priced = price_points(space, GpuEstimator(space.problem, rates), points)
-            return float(priced.tokens_per_s.max())
-
-        rates, drafts = self.estimator.rates, self.problem.drafts
-        kept = [d._replace(tokens_per_round=(d.tokens_per_round + d.length + 1) / 2) for d in drafts]
-        doubled: dict[str, Callable[[], float]] = {
-            "link": lambda: rate(
-                self.space, replace(rates, h2d_bytes=2 * rates.h2d_bytes, d2h_bytes=2 * rates.d2h_bytes)
-            ),
-            "DRAM bandwidth": lambda: rate(self.space, replace(rates, dram_bytes=2 * rates.dram_bytes)),
-            "CPU FLOP/s": lambda: rate(
-                self.space,
-                replace(
-                    rates,
-                    cpu_attention_flops=2 * rates.cpu_attention_flops,
-                    cpu_gemm_flops=2 * rates.cpu_gemm_flops,
-                ),
-            ),
-            "GPU FLOP/s": lambda: rate(self.space, replace(rates, gpu_flops=2 * rates.gpu_flops)),
-            "GPU bandwidth": lambda: rate(self.space, replace(rates, gpu_bytes=2 * rates.gpu_bytes)),
-            "GPU memory": lambda: rate(self._limited(fast=2 * self.limits["fast"]), rates),
-            "host memory": lambda: rate(self._limited(host=2 * self.limits["host"]), rates),
-            "half as many rejections": lambda: rate(
-                replace(self.space, problem=replace(self.problem, drafts=tuple(kept))), rates
-            ),
-        }
-        base = rate(self.space, rates)
-        return {what: changed() / base for what, changed in doubled.items()}
-
-    def _limited(self, **limits: int) -> GpuSpace:
-        return replace(self.space, limits={**self.limits, **limits})
 
     def nothing_fits(self) -> AnswerIsNo:
         """Which tier lacks how much at the least, and the smallest change that would fit."""

@@ -1,11 +1,13 @@
 """Two searches over one space: all of it, or Optuna's share of it. Both see the same prices."""
 
+import os
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from specmoeoff.errors import BadInput
 from specmoeoff.specs.plan import Prediction
-from specmoeoff.tuner.space import Choice, Space
+from specmoeoff.tuner.space import Choice, Index, Space
 
 SearchName = Literal["exhaustive", "optuna"]
 # What is predicted of a choice, None where it does not fit or was not measured.
@@ -13,7 +15,6 @@ Price = Callable[[Choice], Prediction | None]
 # Tokens per second that a choice cannot exceed, much cheaper than its price.
 Bound = Callable[[Choice], float]
 Progress = Callable[[float], None]
-Index = dict[str, int]  # a point: a position on every axis
 
 TIE = 0.995  # closer than any prediction is true: the choice that drafts less, then reads less, is taken
 
@@ -72,27 +73,19 @@ def optuna_search(
     progress: Progress = lambda share: None,
 ) -> list[Choice]:
     """The choices that Optuna looked at, best first."""
-    drafts = [(d, k) for d, lengths in space.draft_lengths.items() for k in lengths]
-    axes = {
-        "batch": space.batches,
-        "micro_batches": space.micro_batches,
-        "stream_slots": space.stream_slots,
-        "prefetch": space.prefetch_thresholds,
-        "threads": space.n_threads,
-    }
-    sizes = {"draft": len(drafts), **{name: len(values) for name, values in axes.items()}}
-    priced: dict[Choice, Prediction | None] = {}
+    sizes, priced = space.sizes, dict[Choice, Prediction | None]()
 
     def evaluate(index: Index) -> float | None:
-        choice = Choice(*drafts[index["draft"]], *(values[index[name]] for name, values in axes.items()))  # type: ignore[arg-type]
+        choice = space.choice(index)
         if choice not in priced:
             priced[choice] = price(choice)
         found = priced[choice]
         return found.tokens_per_s if found else None
 
     middle = {"batch": len(space.batches) // 2, "stream_slots": len(space.stream_slots) // 2}
-    starts = [{**dict.fromkeys(sizes, 0), "draft": draft, **middle} for draft in (0, len(drafts) // 2)]
-    optuna_trials(sizes, evaluate, starts, n_trials, seed, problem, storage, progress)
+    starts = [{**dict.fromkeys(sizes, 0), "draft": draft, **middle} for draft in (0, sizes["draft"] // 2)]
+    for index, _ in optuna_trials(sizes, evaluate, starts, n_trials, seed, problem, storage, progress):
+        evaluate(index)  # also those of an earlier sitting or another worker
     return rank(priced)
 
 
@@ -106,48 +99,55 @@ def optuna_trials(
     storage: str | None = None,
     progress: Progress = lambda share: None,
 ) -> list[tuple[Index, float | None]]:
-    """Every trial's point of a grid of `sizes` and its value (None: does not fit), in their order.
+    """Every trial's point of a grid of `sizes` and its value (None: does not fit or failed), in the order of trials.
 
-    One trial at a time; TPE is seeded anew from (seed, trial), so a resumed study is identical. Nine trials of ten are a step
-    along one axis from the best so far, in turn for each of the three best drafts, while there are steps not yet tried: TPE
-    finds a region within a hundred trials but not its top, and the best of one draft length is far from another's.
+    TPE is seeded anew from (seed, turn), and a trial whose worker died is failed and its turn taken again: a study that was
+    killed and resumed tries what an uninterrupted one does. Nine turns of ten are a step along one axis from the best so far,
+    in turn for each of the three best drafts, while there are steps not yet tried: TPE finds a region within a hundred trials
+    but not its top, and the best of one draft length is far from another's. Workers that share a storage share the turns.
     `sizes` has the axis `draft`. `problem` names what is asked for: a study is resumed only for the same problem.
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _open_study(optuna, storage, f"specmoeoff-{problem}-{seed}")
-    if not study.trials:
-        for start in starts:
-            study.enqueue_trial(start)
-    tried: list[tuple[Index, float | None]] = []
-    for trial in study.trials:  # of an earlier sitting
-        if trial.state == optuna.trial.TrialState.COMPLETE:
-            tried.append((trial.params, evaluate(trial.params)))
-        elif trial.state == optuna.trial.TrialState.RUNNING:  # killed there
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    waiting = sum(t.state == optuna.trial.TrialState.WAITING for t in study.trials)
-    for done in range(sum(t.state.is_finished() for t in study.trials), n_trials):
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + done)
-        if done >= waiting and done % 10 and (step := _step_from_best(sizes, tried, done)):
-            study.enqueue_trial(step)
+    from specmoeoff.tuner.study import fail_dead, open_study, worker
+
+    study = open_study(storage, f"specmoeoff-{problem}-{seed}")
+    starts, states = list(starts), optuna.trial.TrialState
+    while True:
+        fail_dead(study)
+        trials = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.RUNNING))
+        tried = [(t.params, t.value or None) for t in trials if t.state == states.COMPLETE]
+        progress(min(1.0, len(tried) / n_trials))
+        if len(tried) >= n_trials:
+            return tried
+        turn = len(trials)
+        if turn >= n_trials:  # other workers have the last ones
+            time.sleep(0.05)
+            continue
+        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + turn)
+        point = starts[turn] if turn < len(starts) else None
+        if turn >= len(starts) and turn % 10:
+            point = _step_from_best(sizes, tried, [t.params for t in trials], turn)
+        if point:
+            with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+                study.sampler = optuna.samplers.PartialFixedSampler(point, study.sampler)
         trial = study.ask()
+        trial.set_user_attr("worker", worker(os.getpid()))
         index = {name: trial.suggest_int(name, 0, n - 1) for name, n in sizes.items()}
         value = evaluate(index)
-        tried.append((index, value))
         trial.set_constraint("fits", 0.0 if value else 1.0)
-        study.tell(trial, value or 0.0)
-        progress((done + 1) / n_trials)
-    return tried
+        study.tell(trial, value or 0.0, skip_if_finished=True)
 
 
-def _step_from_best(sizes: dict[str, int], tried: list[tuple[Index, float | None]], turn: int) -> Index | None:
-    """A point not yet tried, one step along one axis from the best of a good draft; None where there is none."""
+def _step_from_best(
+    sizes: dict[str, int], tried: list[tuple[Index, float | None]], begun: list[Index], turn: int
+) -> Index | None:
+    """A point not yet begun, one step along one axis from the best of a good draft; None where there is none."""
     best: dict[int, Index] = {}
     for index, _ in sorted(tried, key=lambda t: -(t[1] or 0.0)):
         best.setdefault(index["draft"], index)
     good = list(best.values())[:3]
-    seen = {tuple(index[name] for name in sizes) for index, _ in tried}
+    seen = {tuple(index.get(name) for name in sizes) for index in begun}
     for i in range(len(good)):
         index = good[(turn + i) % len(good)]
         for distance in (1, -1):
@@ -156,27 +156,6 @@ def _step_from_best(sizes: dict[str, int], tried: list[tuple[Index, float | None
                 if 0 <= step[name] < n and tuple(step[axis] for axis in sizes) not in seen:
                     return step
     return None
-
-
-def _open_study(optuna, storage: str | None, name: str):  # type: ignore[no-untyped-def]
-    try:
-        return optuna.create_study(
-            direction="maximize", storage=_storage(storage), study_name=name, load_if_exists=True
-        )
-    except Exception as error:  # of whichever database library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(
-            f"--storage {storage}: cannot be opened ({reason}); give a journal file or a database URL."
-        ) from None
-
-
-def _storage(url: str | None) -> object:
-    if url is None or "://" in url:
-        return url
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    return JournalStorage(JournalFileBackend(url))
 
 
 def lengths_once(ranked: Iterable[Choice]) -> Iterator[Choice]:

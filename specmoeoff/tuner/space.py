@@ -1,8 +1,9 @@
 """What can be chosen. A choice is a handful of numbers; everything else of a plan follows from it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ PREFETCH_THRESHOLDS = (0.0, 0.5, 0.8, 0.95, 1.1)
 STREAM_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST_DRAFT = 24
+Index = dict[str, int]  # a point: a position on every axis
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,32 @@ class Space:
             for (drafter, k), batch, micro_batches, threshold, n_threads in rest:
                 if micro_batches <= batch:
                     yield Choice(drafter, k, batch, micro_batches, slots, threshold, n_threads)
+
+    @property
+    def _axes(self) -> dict[str, tuple[Any, ...]]:
+        return {
+            "draft": tuple((drafter, k) for drafter, lengths in self.draft_lengths.items() for k in lengths),
+            "batch": self.batches,
+            "micro_batches": self.micro_batches,
+            "stream_slots": self.stream_slots,
+            "prefetch": self.prefetch_thresholds,
+            "threads": self.n_threads,
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Positions of every axis, for a sampler."""
+        return {name: len(values) for name, values in self._axes.items()}
+
+    def choice(self, index: Index) -> Choice:
+        """The choice at a point."""
+        draft, *rest = (values[index[name]] for name, values in self._axes.items())
+        return Choice(*draft, *rest)
+
+    def index(self, choice: Choice) -> Index:
+        """The point of a choice."""
+        (drafter, k, *rest), axes = astuple(choice), self._axes
+        return {name: axes[name].index(value) for name, value in zip(axes, ((drafter, k), *rest), strict=True)}
 
 
 def make_space(

@@ -19,6 +19,8 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
+    LengthAt,
+    MeasuredTrial,
     PlainPlan,
     Plan,
     PlanDecode,
@@ -32,6 +34,7 @@ from specmoeoff.specs.plan import (
 )
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
+from specmoeoff.tuner.measure import Measure, Trials, best_by_optuna
 from specmoeoff.tuner.search import SearchName, exhaustive, lengths_once, optuna_search
 from specmoeoff.tuner.space import Choice, make_space, place
 
@@ -61,7 +64,7 @@ class TuneRequest:
     storage: str | None = None
     command: str = ""
     measure_top: int = 0
-    measure: Callable[[Plan], float] | None = field(default=None, compare=False)
+    measure: Measure | None = field(default=None, compare=False)
     progress: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
     def inputs(self, n_evaluated: int) -> PlanInputs:
@@ -242,7 +245,9 @@ class Tuner:
             predicted=self._predictions[key],
         )
 
-    def plan(self, choice: Choice, plain: Choice, ranked: list[Choice]) -> Plan:
+    def plan(
+        self, choice: Choice, plain: Choice, ranked: list[Choice], measured: tuple[MeasuredTrial, ...] = ()
+    ) -> Plan:
         """The whole plan."""
         r = self.request
         same_batch = [c for c in ranked if c.batch == choice.batch]
@@ -266,7 +271,25 @@ class Tuner:
             inputs=r.inputs(self.n_evaluated),
             plain=self.part(plain),
             curve=tuple(curve),
+            measured=measured,
         )
+
+    def draft_lengths(self, choice: Choice) -> tuple[LengthAt, ...]:
+        """The best draft length over contexts and live requests, none longer than memory was planned for."""
+        r, decode, experts = self.request, self.decode(choice), self.part(choice).experts
+        drafts = [decode.model_copy(update={"drafter": "none", "draft_length": 0})]
+        drafts += [decode.model_copy(update={"draft_length": k}) for k in range(1, choice.draft_length + 1)]
+        table = []
+        for context in (int(share * self.context_tokens) for share in (0.25, 0.5, 0.75, 1.0)):
+            for live in dict.fromkeys(max(1, int(choice.batch * share)) for share in (0.125, 0.25, 0.5, 1.0)):
+                prices = self.prices(choice.n_threads)
+                found = [
+                    forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
+                    for d in drafts
+                ]
+                k = int(np.argmax(found))
+                table.append(LengthAt(context_tokens=context, live=live, draft_length=k, tokens_per_s=found[k]))
+        return tuple(table)
 
     def nothing_fits(self) -> SpecMoEOffError:
         """Why there is no plan, and the smallest change that would make one."""
@@ -302,21 +325,26 @@ def tune(request: TuneRequest) -> Plan:
     if not ranked:
         raise tuner.nothing_fits()
     best = ranked[0]
+
+    def plain_at(batch: int) -> Choice:
+        plainly = replace(space, draft_lengths={"none": (0,)}, batches=(batch,))
+        return exhaustive(plainly, tuner.price, tuner.bound)[0]
+
     # Plain decoding at the same batch is the baseline and always a candidate, whatever a sampler looked at.
-    plainly = replace(space, draft_lengths={"none": (0,)}, batches=(best.batch,))
-    plain = exhaustive(plainly, tuner.price, tuner.bound)[0]
+    plain = plain_at(best.batch)
     ranked = [*dict.fromkeys([*ranked, plain])]
     if tuner.part(plain).predicted.tokens_per_s >= tuner.part(best).predicted.tokens_per_s:
         best = plain
-    if r.measure is not None and r.measure_top:
-        best = _measured_best(tuner, ranked, plain, r.measure, r.measure_top)
-    return tuner.plan(best, plain, ranked)
-
-
-def _measured_best(
-    tuner: Tuner, ranked: list[Choice], plain: Choice, measure: Callable[[Plan], float], n: int
-) -> Choice:
-    """The best by measurement of the top n, each of another draft length, and plain decoding."""
-    same_batch = [c for c in ranked if c.batch == plain.batch]
-    candidates = [*dict.fromkeys([*islice(lengths_once(same_batch), n), plain])]
-    return max(candidates, key=lambda c: measure(tuner.plan(c, plain, ranked)))
+    if r.measure is None or not r.measure_top:
+        return tuner.plan(best, plain, ranked)
+    trials = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
+    if r.search == "optuna":
+        problem = sha256_text(repr((space, tuner.problem, "measured")))[:12]
+        starts = [plain, *islice(lengths_once(ranked), max(1, r.measure_top // 3))]
+        study = (r.measure_top, r.seed, problem, r.storage, r.progress)
+        best = best_by_optuna(trials, space, tuner.price, starts, *study)
+    else:
+        best = trials.best([*islice(lengths_once(ranked), r.measure_top), plain])
+    if best.batch != plain.batch:
+        plain = plain_at(best.batch)
+    return tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)

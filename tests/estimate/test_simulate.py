@@ -89,3 +89,22 @@ def test_the_makespan_lies_between_the_busiest_lane_and_the_serial_sum(seed: int
     assert makespan <= sum(spent) + 1e-9
     for node in graph.nodes:
         assert all(schedule.end_s[d] <= schedule.start_s[node.index] + 1e-9 for d in node.deps)
+
+
+def test_work_after_a_wait_takes_longer_by_how_long_it_waited() -> None:
+    graph = window_graph(shape(2, (STREAMED,)), 1, 3)
+    prices = seconds(graph, load=10, attention=1, expert=3, head=1)
+    # One slot: each layer waits for its read, so that waking, a tenth of the wait, is added to every expert.
+    slower = simulate(graph, prices, lambda wait_s: wait_s / 10)
+    waits = {"expert 0.1": 10 - 1 - 1, "expert 1.1": 10 - 1}  # beside the read: head and attention, or attention alone
+    spent = {
+        node.name: end - start
+        for node, start, end in zip(graph.nodes, slower.start_s, slower.end_s, strict=True)
+        if node.window == slower.steady and node.kind == "expert"
+    }
+    assert spent == pytest.approx({name: 3 + wait / 10 for name, wait in waits.items()})
+    assert slower.period_s == pytest.approx(simulate(graph, prices).period_s + sum(waits.values()) / 10)
+    resident = window_graph(shape(2, (RESIDENT,)), 0, 3)
+    assert simulate(resident, seconds(resident, attention=1, experts=2), lambda wait_s: 1.0).period_s == pytest.approx(
+        6
+    )

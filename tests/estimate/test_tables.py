@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from specmoeoff.estimate.tables import find_table
+from specmoeoff.estimate.tables import find_table, wake_s
 from specmoeoff.specs.profile import HardwareProfile, Measurement, OperatorTable, Slowdown
 
 
@@ -48,3 +48,13 @@ def test_what_was_not_measured_beside_the_disk_or_ran_faster_takes_as_long(slowe
     assert find_table(changed, "expert", shape, n_threads, 1.0)(4.0) == find_table(changed, "expert", shape, n_threads)(
         4.0
     )
+
+
+def test_waking_is_read_between_waits_and_no_longer_than_the_longest(made_up_profile: HardwareProfile) -> None:
+    one = next(t for t in made_up_profile.operators if t.operator == "head")
+    same = {"seconds": (1e-4, 3e-4), "p10_s": (0.0, 0.0), "p95_s": (0.0, 0.0), "flops": (0.0, 0.0), "bytes": (0.0, 0.0)}
+    wake = one.model_copy(update={"operator": "wake", "axes": ("wait_s",), "grid": ((1e-3, 5e-3),), **same})
+    profile = made_up_profile.model_copy(update={"operators": (*made_up_profile.operators, wake)})
+    longer = wake_s(profile, one.shape, one.n_threads)
+    assert [longer(wait) for wait in (0.0, 5e-4, 1e-3, 3e-3, 1.0)] == pytest.approx([0.0, 5e-5, 1e-4, 2e-4, 3e-4])
+    assert wake_s(made_up_profile, one.shape, one.n_threads)(1.0) == 0.0

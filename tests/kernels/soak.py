@@ -154,6 +154,10 @@ class Draw(random.Random):
         arrays |= {"tree": self.tree(row_start)} if trees and self.random() < 0.5 else {}
         return Call(cpu.Batch, arrays)
 
+    def perhaps(self, dtype: type, *shape: int) -> np.ndarray | None:
+        """Of an argument that may be left out."""
+        return self.array(dtype, *shape) if self.random() < 0.8 else None
+
     def layer(self, shape: Call) -> Call:
         s = cpu.LayerShape(**shape.arguments)
         n_positions, half = self.end + self.randint(0, 2), s.rotary_dim // 2
@@ -167,6 +171,7 @@ class Draw(random.Random):
         absent = {name for name in sorted(optional) if self.random() < 0.5}
         absent |= {"q_norm", "k_norm"} if self.random() < 0.5 else set()
         arguments = {name: value for name, value in arguments.items() if name not in absent}
+        arguments["input_norm"] = self.perhaps(np.float32, s.hidden)
         arguments |= {name: self.array(np.float32, n_positions, half) for name in ("cosines", "sines")}
         return Call(cpu.LayerWeights, arguments)
 
@@ -224,7 +229,7 @@ def linear(d: Draw) -> Call:
 
 def rmsnorm(d: Draw) -> Call:
     m, n = d.rows(), d.vectors()
-    arrays = {"x": d.array(np.float32, m, n), "weight": d.array(np.float32, n), "out": d.array(np.uint16, m, n)}
+    arrays = {"x": d.array(np.float32, m, n), "weight": d.perhaps(np.float32, n), "out": d.array(np.uint16, m, n)}
     return Call(d.kernels().rmsnorm, {**arrays, "eps": 1e-5})
 
 
@@ -256,7 +261,7 @@ def head_argmax(d: Draw) -> Call:
     m, hidden, vocab = d.rows(), d.vectors(), d.randint(1, 200)
     arrays = {
         "x": d.array(np.float32, m, hidden),
-        "norm": d.array(np.float32, hidden),
+        "norm": d.perhaps(np.float32, hidden),
         "packed": d.packed(vocab, hidden),
         "out": d.array(np.int32, m),
         "logits": d.array(np.float32, m, vocab) if d.random() < 0.5 else None,
@@ -321,11 +326,12 @@ def dense_pass(d: Draw) -> Call:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`writes`: arguments that C changes. `free`: sizes that may change alone."""
+    """`writes`: arguments that C changes. `free`: sizes that may change alone. `optional`: arrays that may be left out."""
 
     draw: Callable[[Draw], Call]
     writes: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 _BLOCK = ("x", "pages", "normed", "expert_index", "expert_weight")
@@ -348,7 +354,7 @@ KERNELS = {
     "pack_linear": Kernel(pack_linear, ("out",), free=("weight",)),
     "pack_expert": Kernel(pack_expert, ("out",)),
     "linear": Kernel(linear, ("out",)),
-    "rmsnorm": Kernel(rmsnorm, ("out",)),
+    "rmsnorm": Kernel(rmsnorm, ("out",), optional=("weight",)),
     "experts": Kernel(experts, ("out",), free=("normed", "out", "row_slots")),
     "combine": Kernel(combine, ("x",)),
     "head_argmax": Kernel(head_argmax, ("out", "logits"), free=("vocab", "logits")),
@@ -518,7 +524,7 @@ OF_ARGUMENT: dict[str, dict[str, Mutation]] = {
     "pages": {"other page size": lambda d, a, s: a[..., :-4].copy()},
     "tree": {"blind to itself": _blind},
 }
-OPTIONAL = {"logits", "sinks", "log_sums", "tree", "kv_format"}
+OPTIONAL = {"input_norm", "norm", "logits", "sinks", "log_sums", "tree", "kv_format"}
 OPTIONAL |= {"q_norm", "k_norm", "shared_weight", "o_bias", "qkv_bias", "router_bias", "choice_bias"}
 OPTIONAL_SIZES = {"v_head_dim", "rotary_dim", "q_latent", "kv_latent", "shared_intermediate", "window"}
 OPTIONAL_SIZES |= {"n_groups", "n_active_groups", "group_best"}
@@ -543,7 +549,7 @@ def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[s
     free = {"other size"} if name in kernel.free else set()
     if isinstance(value, np.ndarray) and (name in kernel.free or name == "page_table"):
         free = {"resized", "emptied"}
-    if name in OPTIONAL:
+    if name in OPTIONAL or name in kernel.optional:
         free |= {"nothing"}
     if name == "pages":
         free |= {"resized"}

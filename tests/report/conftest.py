@@ -1,14 +1,13 @@
 """Machines to draw: the shipped one with a plan, and made-up ones that are awkward to label."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from specmoeoff.profiles import find
-from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile, LinkCurve, Measurement, Roof
-from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.tune import TuneRequest, tune
 
 
@@ -18,20 +17,9 @@ def shipped() -> HardwareProfile:
 
 
 @pytest.fixture(scope="session")
-def plan(shipped: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec) -> Plan:
+def plan(shipped: HardwareProfile, made_up_request: TuneRequest) -> Plan:
     """Of the shipped machine, its disk capped as in the demo."""
-    request = TuneRequest(
-        profile=shipped,
-        model=target_spec,
-        workload=made_up_workload,
-        model_source="nowhere",
-        host_memory_bytes=8 << 30,
-        draft=draft_spec,
-        draft_source="nowhere-draft",
-        batch=16,
-        disk_limit_gb_per_s=1.0,
-    )
-    return tune(request)
+    return tune(replace(made_up_request, profile=shipped, disk_limit_gb_per_s=1.0))
 
 
 @pytest.fixture(scope="session")

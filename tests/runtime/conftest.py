@@ -7,6 +7,21 @@ from typing import Any
 
 import pytest
 
+from specmoeoff.roofline.profile import machine
+from specmoeoff.runtime.checkpoint import read_model_spec
+from specmoeoff.specs.plan import (
+    PlainPlan,
+    Plan,
+    PlanDecode,
+    PlanExperts,
+    PlanInputs,
+    PlanLimits,
+    PlanMemory,
+    PlanModel,
+    PlanThreads,
+    Prediction,
+)
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +126,74 @@ def edit_config() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
+
+
+@pytest.fixture
+def speaking_model(save_model: Callable[..., Path]) -> Path:
+    """A sharded Mixtral whose tokens are bytes, with a chat template: it can be asked, and answers anything but ASCII."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = save_model("mixtral", vocab_size=259, max_position_embeddings=2048)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(("<unk>", "<s>", "</s>", *letters))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture
+def plan_for() -> Callable[..., Plan]:
+    """plan_for(checkpoint, **decode changes): drafts of three tokens by n-gram, every expert read on demand."""
+
+    def make(checkpoint: Path, **changes: Any) -> Plan:
+        spec = read_model_spec(checkpoint)
+        nothing = ((),) * spec.n_layers
+        decode: dict[str, Any] = {
+            "drafter": "ngram",
+            "draft_length": 3,
+            "batch": 4,
+            "micro_batches": 1,
+            "context_tokens": 192,
+            "prefill_chunk_tokens": 64,
+        }
+        part = PlainPlan(
+            decode=PlanDecode(**decode | changes),
+            experts=PlanExperts(resident=nothing, prefetch=nothing, stream_slots=8),
+            threads=PlanThreads(compute=1, disk_readers=1, disk_chunk_bytes=1 << 20),
+            memory=PlanMemory(fast={}, host={"all": 1 << 20}, disk={}),
+            predicted=Prediction(
+                window_s=1.0,
+                tokens_per_round=1.0,
+                tokens_per_s=1.0,
+                busy_s={},
+                phases_s={},
+                disk_bytes=1.0,
+                bound="disk",
+                context_tokens=192,
+            ),
+        )
+        return Plan(
+            model=PlanModel(source=str(checkpoint), name=spec.name, fingerprint=spec.fingerprint),
+            **dict(part),
+            limits=PlanLimits(fast_memory_bytes=1 << 30, host_memory_bytes=1 << 30),
+            inputs=PlanInputs(
+                profile_name="none",
+                machine_fingerprint=machine().fingerprint,
+                workload_name="none",
+                profile_sha256="",
+                workload_sha256="",
+                search="by hand",
+                seed=0,
+                n_evaluated=0,
+                tool_version="0",
+                command="",
+            ),
+            plain=part,
+        )
+
+    return make

@@ -14,6 +14,7 @@ import pytest
 from specmoeoff.errors import BadInput
 from specmoeoff.runtime import batch_files
 from specmoeoff.runtime.batch_files import BatchLine, Journal, read_batch, to_request
+from specmoeoff.runtime.sampling import Sampling
 from specmoeoff.specs.model import ModelSpec
 
 
@@ -38,17 +39,56 @@ def write(path: Path, *lines: str) -> Path:
         ('{"custom_id": "b", "body": {"prompt": "x\\ud800"}}', "line 2: holds half of a surrogate pair"),
         ('{"custom_id": "\\udc00", "body": {"prompt": "x"}}', "line 2: holds half of a surrogate pair"),
         (line("b", messages=[{"role": "user", "content": "\ud83d"}]), "line 2: holds half of a surrogate pair"),
-        (line("b", temperature=0.7), "body.temperature is 0.7"),
-        (line("b", n=2), "body.n is 2"),
-        (line("b", max_tokens=0), "line 2: body.max_tokens"),
-        (line("b", messages=[{"role": "user", "content": "x"}]), "exactly one of"),
-        (json.dumps({"custom_id": "b", "url": "/v1/embeddings", "body": {"prompt": "x"}}), "is not served"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(BadInput, match=r"in\.jsonl") as error:
         read_batch(write(tmp_path / "in.jsonl", line("a"), text))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (line("b", n=2), "body.n is 2; one answer per request"),
+        (line("b", stream=True), "body.stream is true"),
+        (line("b", max_tokens=0), "body.max_tokens: Input should be greater"),
+        (line("b", temperature=-1), "body.temperature: Input should be greater"),
+        (line("b", top_p=0), "body.top_p: Input should be greater"),
+        (line("b", stop=["a", "b", "c", "d", "e"]), "body.stop"),
+        (line("b", stop=""), "body.stop"),
+        (line("b", top_logprobs=3), "body.top_logprobs needs body.logprobs"),
+        (line("b", logit_bias={"5": 1}), "body: logit_bias is not supported; leave it out"),
+        (line("b", tools=[{"type": "function"}]), "body: tools is not supported"),
+        (line("b", beam_width=4), "body: beam_width is not supported"),
+        (line("b", messages=[{"role": "user", "content": "x"}]), "exactly one of"),
+        (json.dumps({"custom_id": "b", "url": "/v1/embeddings", "body": {"prompt": "x"}}), "is not served"),
+    ],
+)
+def test_a_request_that_is_wrong_by_itself_spoils_no_other(
+    tmp_path: Path, target_spec: ModelSpec, text: str, words: str
+) -> None:
+    good, bad, other = read_batch(write(tmp_path / "in.jsonl", line("a"), text, line("c")))
+    assert (good.problem, other.problem) == ("", "")
+    with pytest.raises(BadInput, match=r"in\.jsonl: line 2: ") as error:
+        to_request(bad, Fixed(), target_spec)  # type: ignore[arg-type]
+    assert words in str(error.value)
+
+
+def test_fields_that_ask_for_nothing_are_taken(tmp_path: Path) -> None:
+    asked = {"user": "u", "n": None, "presence_penalty": 0, "tools": [], "response_format": {"type": "text"}}
+    (only,) = read_batch(write(tmp_path / "in.jsonl", line("a", **asked)))
+    assert only.problem == ""
+
+
+def test_sampling_is_what_the_line_asks_for(tmp_path: Path) -> None:
+    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -1}
+    first, second, third = read_batch(
+        write(tmp_path / "in.jsonl", line("a", **asked), line("b", temperature=1), line("c"))
+    )
+    assert first.body.sampling("a") == Sampling(0.7, 5, 0.9, 0.1, (1 << 64) - 1)
+    assert second.body.sampling("b").seed == second.body.sampling("b").seed != second.body.sampling("c").seed
+    assert third.body.sampling("c").greedy
 
 
 def test_files_that_are_not_batch_files(tmp_path: Path) -> None:

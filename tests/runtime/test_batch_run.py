@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,8 @@ from specmoeoff.specs.plan import (
 )
 
 N_REQUESTS, N_TOKENS = 8, 150
+LONG_RUNS = "SPECMOEOFF_LONG_RUNS"  # 10,000 requests: minutes
+LONG = bool(os.environ.get(LONG_RUNS))
 SLOW_GB_PER_S = "0.01"  # two hundred experts a second
 
 
@@ -197,3 +201,169 @@ def test_a_disk_that_fills_up_during_a_run_is_one_sentence(
     begin().run(lambda *_: None, None)
     names = [json.loads(line)["custom_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert names == [f"r{i}" for i in range(N_REQUESTS)]
+
+
+def answers_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {answer["custom_id"]: answer for answer in map(json.loads, path.read_text().splitlines())}
+
+
+def write_lines(path: Path, bodies: list[dict[str, Any]], **line: Any) -> None:
+    lines = [{"custom_id": f"r{i}", **line, "body": body} for i, body in enumerate(bodies)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run_here(job: list[str], tmp_path: Path, ignore_eos: bool = True) -> dict[str, dict[str, Any]]:
+    plan, output = Plan.load(job[1]), tmp_path / "out.jsonl"
+    BatchRun(plan, tmp_path / "in.jsonl", output, None, ignore_eos, lambda *_: None).run(lambda *_: None, None)
+    return answers_of(output)
+
+
+def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[str], tmp_path: Path) -> None:
+    good = {"prompt": "w5 w6", "max_tokens": 3}
+    bad = [{"prompt": "w5", "tools": [1]}, {"prompt": "w5 " * 500}, {"prompt": ""}, {"prompt": "w5", "n": 2}]
+    bad += [{"messages": [{"role": "user", "content": "w5"}]}]
+    write_lines(tmp_path / "in.jsonl", [good, *bad, good])
+    answers = run_here(job, tmp_path)
+    assert list(answers) == [f"r{i}" for i in range(7)]
+    for name, words in (
+        ("r1", "line 2: body: tools is not supported"),
+        ("r2", "exceed the plan's context of 192"),
+        ("r3", "the prompt is empty"),
+        ("r4", "body.n is 2"),
+        ("r5", "no chat template"),
+    ):
+        assert words in answers[name]["error"]["message"]
+        assert answers[name]["response"]["status_code"] == 400
+        assert answers[name]["response"]["body"]["error"]["message"] == answers[name]["error"]["message"]
+    for name in ("r0", "r6"):
+        assert answers[name]["error"] is None
+        assert len(answers[name]["response"]["body"]["choices"][0]["token_ids"]) == 3
+
+
+def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_path: Path) -> None:
+    asked = {"prompt": "w5 w6 w7", "max_tokens": 40, "temperature": 1, "seed": 3}
+    write_lines(tmp_path / "in.jsonl", [asked], url="/v1/completions")
+    whole = run_here(job, tmp_path)["r0"]["response"]["body"]["choices"][0]
+    words = whole["text"].split()
+    assert len(words) == 40
+    assert whole["finish_reason"] == "length"
+    at = next(i for i in range(10, 39) if " ".join(words).find(f"{words[i]} {words[i + 1]}") > 20)
+    stop = f"{words[at][1:]} {words[at + 1]}"  # begins inside one token, ends with the next
+    write_lines(
+        tmp_path / "in.jsonl",
+        [{**asked, "stop": ["never", stop], "logprobs": 2}, {**asked, "stop": "w"}],
+        url="/v1/completions",
+    )
+    first, second = (a["response"]["body"] for a in run_here(job, tmp_path).values())
+    choice = first["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == whole["text"][: whole["text"].index(stop)]
+    assert stop not in choice["text"]
+    assert choice["token_ids"] == whole["token_ids"][: first["usage"]["completion_tokens"]]
+    assert choice["logprobs"]["tokens"] == [*choice["text"].split()[:-1], words[at]]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * len(choice["logprobs"]["tokens"])
+    assert second["choices"][0]["text"] == ""
+    assert second["usage"]["completion_tokens"] == 1
+
+
+def test_chats_tell_log_probabilities_in_their_own_shape(job: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    asked = {"messages": [{"role": "user", "content": "w5 w9"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    write_lines(tmp_path / "in.jsonl", [asked, {k: v for k, v in asked.items() if k != "top_logprobs"}])
+    first, second = (a["response"]["body"]["choices"][0] for a in run_here(job, tmp_path).values())
+    content = first["logprobs"]["content"]
+    assert " ".join(one["token"] for one in content) == first["message"]["content"]
+    for one in content:
+        assert one["token"] == one["top_logprobs"][0]["token"]
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"] < 0
+        assert bytes(one["bytes"]).decode() == one["token"]
+    assert [len(one["top_logprobs"]) for one in content] == [2] * 4
+    assert [len(one["top_logprobs"]) for one in second["logprobs"]["content"]] == [0] * 4
+
+
+def test_the_end_token_ends_an_answer_and_is_not_in_its_text(job: list[str], tmp_path: Path) -> None:
+    bodies = [{"prompt": "w5", "max_tokens": 150, "temperature": 2, "seed": i} for i in range(8)]
+    write_lines(tmp_path / "in.jsonl", bodies, url="/v1/completions")
+    choices = [a["response"]["body"]["choices"][0] for a in run_here(job, tmp_path, ignore_eos=False).values()]
+    ended = [c for c in choices if c["finish_reason"] == "stop"]
+    assert ended
+    for choice in ended:
+        assert choice["token_ids"].index(2) == len(choice["token_ids"]) - 1
+        assert "w2" not in choice["text"].split()
+    assert all(2 not in c["token_ids"] for c in choices if c not in ended)
+
+
+def test_a_damaged_expert_file_answers_what_it_can(
+    job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit flips after packing: the requests that need that expert say so, the others are answered as ever."""
+    write_lines(tmp_path / "in.jsonl", [{"prompt": f"w{i}", "max_tokens": 1} for i in range(3, 13)])
+    intact = run_here(job, tmp_path)
+    (path,) = (tmp_path / "cache" / "packed").glob("*/experts.bin")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    answers = run_here(job, tmp_path)
+    failed = {name for name, answer in answers.items() if answer["error"]}
+    assert 0 < len(failed) < 10
+    assert all("differs from what was packed; check the disk" in answers[name]["error"]["message"] for name in failed)
+    assert {n: a for n, a in answers.items() if n not in failed} == {n: a for n, a in intact.items() if n not in failed}
+
+
+def small_requests(n: int, path: Path) -> None:
+    rng = random.Random(0)
+    bodies = [
+        {
+            "prompt": " ".join(f"w{rng.randrange(3, 96)}" for _ in range(rng.randrange(1, 9))),
+            "max_tokens": rng.randrange(1, 7),
+            "temperature": i % 2,
+        }
+        for i in range(n)
+    ]
+    write_lines(path, bodies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "n", [300, pytest.param(10_000, marks=pytest.mark.skipif(not LONG, reason=f"set {LONG_RUNS}"))]
+)
+@pytest.mark.timeout(3600)
+def test_killed_twenty_times_every_request_is_answered_once_and_as_if_it_had_not_been(
+    job: list[str], tmp_path: Path, n: int
+) -> None:
+    small_requests(n, tmp_path / "in.jsonl")
+    whole = [*job[:-2], str(tmp_path / "whole.jsonl"), "--ignore-eos"]
+    finish(start(whole), 0)
+    output, journal, rng = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", random.Random(1)
+    kills = 0
+    while kills < 20:
+        process = start(job)
+        # the first kills come before and while the journal is opened, the last near the end
+        wait_for_lines(journal, min(n, kills * n // 20), process)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not output.exists()
+        kills += 1
+    finish(start(job), 0)
+    names = [json.loads(line)["custom_id"] for line in output.read_text().splitlines()]
+    assert names == [f"r{i}" for i in range(n)]
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_is_flat_over_the_second_half(job: list[str], tmp_path: Path) -> None:
+    n = 10_000 if LONG else 2000
+    small_requests(n, tmp_path / "in.jsonl")
+    plan, rss_bytes = Plan.load(job[1]), []
+
+    def sample(done: int, total: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        rss_bytes.append((done / total, pages * os.sysconf("SC_PAGESIZE")))
+
+    run = BatchRun(plan, tmp_path / "in.jsonl", tmp_path / "out.jsonl", None, True, lambda *_: None)
+    run.run(sample, None)
+    half = [b for share, b in rss_bytes if share >= 0.5]
+    assert max(half) / min(half) <= 1.05

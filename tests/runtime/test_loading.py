@@ -10,27 +10,6 @@ from specmoeoff.runtime import loading
 from specmoeoff.runtime.loading import check_part, open_plan
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
-from specmoeoff.specs.profile import HardwareProfile
-from specmoeoff.specs.workload import Workload
-from specmoeoff.tuner.tune import TuneRequest, tune
-
-
-@pytest.fixture(scope="module")
-def plan(
-    made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec
-) -> Plan:
-    return tune(
-        TuneRequest(
-            profile=made_up_profile,
-            model=target_spec,
-            workload=made_up_workload,
-            model_source="nowhere",
-            host_memory_bytes=8 << 30,
-            draft=draft_spec,
-            draft_source="nowhere",
-            batch=16,
-        )
-    )
 
 
 def changed(plan: Plan, part: str, **fields: Any) -> Plan:

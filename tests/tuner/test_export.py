@@ -2,14 +2,12 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from specmoeoff.errors import AnswerIsNo, BadInput
-from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan, PlanGpu
-from specmoeoff.specs.profile import HardwareProfile
-from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.export import ENGINES, Export, export
 from specmoeoff.tuner.tune import TuneRequest, tune
 
@@ -17,21 +15,9 @@ GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def on_cpu(
-    made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec
-) -> Plan:
-    request = TuneRequest(
-        profile=made_up_profile,
-        model=target_spec,
-        workload=made_up_workload,
-        model_source="/models/target",
-        host_memory_bytes=8 * GIB,
-        draft=draft_spec,
-        draft_source="/models/draft",
-        batch=16,
-        disk_limit_gb_per_s=0.5,
-    )
-    return tune(request)
+def on_cpu(made_up_request: TuneRequest) -> Plan:
+    sources = {"model_source": "/models/target", "draft_source": "/models/draft"}
+    return tune(replace(made_up_request, **sources, disk_limit_gb_per_s=0.5))
 
 
 @pytest.fixture(scope="module")

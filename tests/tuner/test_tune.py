@@ -10,34 +10,11 @@ from specmoeoff.errors import AnswerIsNo, BadInput
 from specmoeoff.estimate.tables import OutOfRange
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import Plan
-from specmoeoff.specs.profile import HardwareProfile
-from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.search import TIE, exhaustive
 from specmoeoff.tuner.space import Space, make_space
 from specmoeoff.tuner.tune import Tuner, TuneRequest, tune
 
 GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def request_(
-    made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec
-) -> TuneRequest:
-    return TuneRequest(
-        profile=made_up_profile,
-        model=target_spec,
-        workload=made_up_workload,
-        model_source="nowhere",
-        host_memory_bytes=8 * GIB,
-        draft=draft_spec,
-        draft_source="nowhere-draft",
-        batch=16,
-    )
-
-
-@pytest.fixture(scope="module")
-def plan(request_: TuneRequest) -> Plan:
-    return tune(request_)
 
 
 def test_a_slow_disk_makes_long_drafts_pay(plan: Plan) -> None:
@@ -56,14 +33,14 @@ def test_the_plan_survives_its_file(plan: Plan, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.toml") == plan
 
 
-def test_the_same_request_gives_the_same_plan(plan: Plan, request_: TuneRequest) -> None:
-    assert tune(request_) == plan
+def test_the_same_request_gives_the_same_plan(plan: Plan, made_up_request: TuneRequest) -> None:
+    assert tune(made_up_request) == plan
 
 
 @pytest.fixture(scope="module")
-def small(request_: TuneRequest) -> tuple[Tuner, Space]:
+def small(made_up_request: TuneRequest) -> tuple[Tuner, Space]:
     """All axes, few points."""
-    r = replace(request_, batch=None)
+    r = replace(made_up_request, batch=None)
     tuner = Tuner(r)
     space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, None)
     few = {"none": (0,), "model": (2, 5, 9), "ngram": (2,)}
@@ -93,30 +70,39 @@ def test_exhaustive_search_misses_nothing(small: tuple[Tuner, Space]) -> None:
         assert found >= TIE * max(everything[c] for c in same)
 
 
-def test_the_batch_is_chosen_where_none_is_given(plan: Plan, request_: TuneRequest) -> None:
-    found = tune(replace(request_, batch=None))
+def test_the_batch_is_chosen_where_none_is_given(plan: Plan, made_up_request: TuneRequest) -> None:
+    found = tune(replace(made_up_request, batch=None))
     assert found.predicted.tokens_per_s > plan.predicted.tokens_per_s
     assert found.plain.decode.batch == found.decode.batch
-    tight = replace(request_, batch=None, host_memory_bytes=sum(plan.memory.host.values()))
+    tight = replace(made_up_request, batch=None, host_memory_bytes=sum(plan.memory.host.values()))
     assert sum(tune(tight).memory.host.values()) <= tight.host_memory_bytes
 
 
-def test_choices_that_tie_draft_and_read_least(plan: Plan, request_: TuneRequest) -> None:
-    tuner = Tuner(request_)
-    space = make_space(request_.profile, request_.model, request_.draft, request_.workload, tuner.n_slots, 16)
+def test_choices_that_tie_draft_and_read_least(plan: Plan, made_up_request: TuneRequest) -> None:
+    tuner = Tuner(made_up_request)
+    space = make_space(
+        made_up_request.profile,
+        made_up_request.model,
+        made_up_request.draft,
+        made_up_request.workload,
+        tuner.n_slots,
+        16,
+    )
     lengths = {plan.decode.drafter: (plan.decode.draft_length,)}
     found = [p for c in replace(space, draft_lengths=lengths).choices() if (p := tuner.price(c))]
     ties = [p for p in found if p.tokens_per_s >= plan.predicted.tokens_per_s]
     assert plan.predicted.disk_bytes <= min(p.disk_bytes for p in ties) * 1.001
 
 
-def test_optuna_comes_within_two_percent_of_exhaustive_search(plan: Plan, request_: TuneRequest) -> None:
-    found = tune(replace(request_, search="optuna", trials=120))
+def test_optuna_comes_within_two_percent_of_exhaustive_search(plan: Plan, made_up_request: TuneRequest) -> None:
+    found = tune(replace(made_up_request, search="optuna", trials=120))
     assert found.predicted.tokens_per_s >= 0.98 * plan.predicted.tokens_per_s
 
 
-def test_a_resumed_study_is_the_uninterrupted_one_and_knows_its_problem(request_: TuneRequest, tmp_path: Path) -> None:
-    r = replace(request_, search="optuna")
+def test_a_resumed_study_is_the_uninterrupted_one_and_knows_its_problem(
+    made_up_request: TuneRequest, tmp_path: Path
+) -> None:
+    r = replace(made_up_request, search="optuna")
     whole = tune(replace(r, trials=24, storage=str(tmp_path / "whole")))
     tune(replace(r, trials=10, storage=str(tmp_path / "parts")))
     resumed = tune(replace(r, trials=24, storage=str(tmp_path / "parts")))
@@ -127,64 +113,72 @@ def test_a_resumed_study_is_the_uninterrupted_one_and_knows_its_problem(request_
 
 
 @pytest.mark.parametrize("storage", ["nonsense://x", "sqlite:////no/such/folder/x.db"])
-def test_a_storage_that_cannot_be_opened_is_named(request_: TuneRequest, storage: str) -> None:
+def test_a_storage_that_cannot_be_opened_is_named(made_up_request: TuneRequest, storage: str) -> None:
     with pytest.raises(BadInput, match="--storage"):
-        tune(replace(request_, search="optuna", trials=2, storage=storage))
+        tune(replace(made_up_request, search="optuna", trials=2, storage=storage))
 
 
-def test_a_profile_without_this_models_operators_says_how_to_get_them(request_: TuneRequest) -> None:
+def test_a_profile_without_this_models_operators_says_how_to_get_them(made_up_request: TuneRequest) -> None:
     with pytest.raises(BadInput, match="profile --model"):
-        tune(replace(request_, profile=request_.profile.model_copy(update={"operators": ()})))
+        tune(replace(made_up_request, profile=made_up_request.profile.model_copy(update={"operators": ()})))
 
 
-def test_sizes_that_were_not_measured_are_no_candidates(request_: TuneRequest) -> None:
-    found = tune(replace(request_, batch=64))  # 64 requests of 9 tokens would be beyond the 512 rows measured
+def test_sizes_that_were_not_measured_are_no_candidates(made_up_request: TuneRequest) -> None:
+    found = tune(replace(made_up_request, batch=64))  # 64 requests of 9 tokens would be beyond the 512 rows measured
     assert found.decode.batch * (found.decode.draft_length + 1) <= 512
     with pytest.raises(OutOfRange, match="outside the measured"):
-        tune(replace(request_, batch=1000))
+        tune(replace(made_up_request, batch=1000))
 
 
-def test_a_fast_disk_and_useless_drafts_give_plain_decoding(request_: TuneRequest) -> None:
-    profile = request_.profile
+def test_a_fast_disk_and_useless_drafts_give_plain_decoding(made_up_request: TuneRequest) -> None:
+    profile = made_up_request.profile
     assert profile.disk is not None
     rate = profile.disk.read_gb_per_s.model_copy(update={"value": 1000.0})
     profile = profile.model_copy(update={"disk": profile.disk.model_copy(update={"read_gb_per_s": rate})})
-    bad = {n: a.model_copy(update={"conditional": (0.01, 0.01)}) for n, a in request_.workload.acceptance.items()}
-    found = tune(replace(request_, profile=profile, workload=request_.workload.model_copy(update={"acceptance": bad})))
+    bad = {
+        n: a.model_copy(update={"conditional": (0.01, 0.01)}) for n, a in made_up_request.workload.acceptance.items()
+    }
+    found = tune(
+        replace(
+            made_up_request, profile=profile, workload=made_up_request.workload.model_copy(update={"acceptance": bad})
+        )
+    )
     assert found.decode.draft_length == 0
 
 
-def test_measured_trials_overrule_the_estimate(request_: TuneRequest) -> None:
-    found = tune(replace(request_, measure_top=3, measure=lambda p: 100.0 if p.decode.draft_length == 0 else 1.0))
+def test_measured_trials_overrule_the_estimate(made_up_request: TuneRequest) -> None:
+    found = tune(
+        replace(made_up_request, measure_top=3, measure=lambda p: 100.0 if p.decode.draft_length == 0 else 1.0)
+    )
     assert found.decode.draft_length == 0
 
 
-def test_too_little_fast_memory_names_the_tier_the_bytes_and_the_remedy(request_: TuneRequest) -> None:
+def test_too_little_fast_memory_names_the_tier_the_bytes_and_the_remedy(made_up_request: TuneRequest) -> None:
     with pytest.raises(AnswerIsNo, match=r"fast memory: .* lack .* bytes .* --fast-memory 16MiB"):
-        tune(replace(request_, fast_memory_bytes=1 << 20))
+        tune(replace(made_up_request, fast_memory_bytes=1 << 20))
 
 
-def test_too_little_host_memory_names_the_tier_the_bytes_and_the_remedy(request_: TuneRequest) -> None:
+def test_too_little_host_memory_names_the_tier_the_bytes_and_the_remedy(made_up_request: TuneRequest) -> None:
     with pytest.raises(AnswerIsNo, match=r"host memory: .* more than the limit .* --host-memory \d+MiB"):
-        tune(replace(request_, host_memory_bytes=100 << 20))
+        tune(replace(made_up_request, host_memory_bytes=100 << 20))
     needed = 0
     try:
-        tune(replace(request_, host_memory_bytes=100 << 20))
+        tune(replace(made_up_request, host_memory_bytes=100 << 20))
     except AnswerIsNo as error:
         needed = int(str(error).split("--host-memory ")[1].split("MiB")[0].replace(",", "")) << 20
-    assert tune(replace(request_, host_memory_bytes=needed)).decode.drafter in (
+    assert tune(replace(made_up_request, host_memory_bytes=needed)).decode.drafter in (
         "none",
         "ngram",
     )  # no room for a draft model
 
 
-def test_a_workload_of_another_model_is_refused(request_: TuneRequest) -> None:
-    other = request_.model.model_copy(update={"fingerprint": "another"})
+def test_a_workload_of_another_model_is_refused(made_up_request: TuneRequest) -> None:
+    other = made_up_request.model.model_copy(update={"fingerprint": "another"})
     with pytest.raises(BadInput, match="was measured on model"):
-        tune(replace(request_, model=other))
+        tune(replace(made_up_request, model=other))
 
 
-def test_a_workload_whose_popularity_is_not_this_models_is_refused(request_: TuneRequest) -> None:
-    edited = request_.workload.model_copy(update={"popularity": request_.workload.popularity[1:]})
+def test_a_workload_whose_popularity_is_not_this_models_is_refused(made_up_request: TuneRequest) -> None:
+    edited = made_up_request.workload.model_copy(update={"popularity": made_up_request.workload.popularity[1:]})
     with pytest.raises(BadInput, match=r"popularity of 29 layers x 8 experts, but .* has 30 x 8"):
-        tune(replace(request_, workload=edited))
+        tune(replace(made_up_request, workload=edited))

@@ -4,29 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from specmoeoff.specs.model import ModelSpec
-from specmoeoff.specs.profile import HardwareProfile
-from specmoeoff.specs.workload import Workload
 from specmoeoff.tuner.tune import TuneRequest, tune
 from specmoeoff.tuner.what_if import what_if
 
 
 @pytest.fixture(scope="module")
-def gains(
-    made_up_profile: HardwareProfile, made_up_workload: Workload, target_spec: ModelSpec, draft_spec: ModelSpec
-) -> dict[str, float]:
-    short = {"model": made_up_workload.acceptance["model"].model_copy(update={"conditional": (0.8,) * 4})}
-    request = TuneRequest(
-        profile=made_up_profile,
-        model=target_spec,
-        workload=made_up_workload.model_copy(update={"acceptance": short}),
-        model_source="nowhere",
-        host_memory_bytes=8 << 30,
-        draft=draft_spec,
-        draft_source="nowhere-draft",
-        batch=16,
-        disk_limit_gb_per_s=0.5,
-    )
+def gains(made_up_request: TuneRequest) -> dict[str, float]:
+    workload = made_up_request.workload
+    short = {"model": workload.acceptance["model"].model_copy(update={"conditional": (0.8,) * 4})}
+    workload = workload.model_copy(update={"acceptance": short})
+    request = replace(made_up_request, workload=workload, disk_limit_gb_per_s=0.5)
     plan = tune(request)
     assert plan.predicted.bound == "disk"
     rows = what_if(replace(request, measure_top=3, measure=lambda plan: 1 / 0), plan)

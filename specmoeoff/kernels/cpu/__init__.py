@@ -538,13 +538,14 @@ class LayerWeights:
     """The dense weights of a layer, checked once.
 
     Norms and biases float32, matrices packed, both as LayerShape's `vectors` and `matrices` say; cosines, sines (n_positions,
-    rotary_dim / 2) float32. `others`: what kernels.h names besides, as the model has it.
+    rotary_dim / 2) float32. `others`: what kernels.h names besides, as the model has it. Without input_norm attention sees
+    the residual stream as it is.
     """
 
     def __init__(
         self,
         shape: LayerShape,
-        input_norm: np.ndarray,
+        input_norm: np.ndarray | None,
         qkv: np.ndarray,
         o: np.ndarray,
         post_norm: np.ndarray,
@@ -555,9 +556,8 @@ class LayerWeights:
     ) -> None:
         _of("shape", shape, LayerShape)
         self.shape = shape
-        weights = dict(input_norm=input_norm, qkv=qkv, o=o, post_norm=post_norm, **others)
-        if router is not None:
-            weights["router"] = router
+        weights = dict(qkv=qkv, o=o, post_norm=post_norm, **others)
+        weights |= {name: w for name, w in (("input_norm", input_norm), ("router", router)) if w is not None}
         self._arrays = (weights, cosines, sines)
         if (router is None) != (shape.n_experts == 1) and not (router is None and shape.shared_intermediate):
             raise ValueError("router: needed exactly where there is more than one expert")
@@ -691,12 +691,12 @@ class Kernels:
         _apart([("out", out)], ("x", x), ("packed", packed))
         _library().smo_linear(self._isa, self.n_threads, source, m, n_in, weight, n_out, target)
 
-    def rmsnorm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
-        """out (M, H) bf16 = x (M, H) float32 normalised and weighted."""
+    def rmsnorm(self, x: np.ndarray, weight: np.ndarray | None, eps: float, out: np.ndarray) -> None:
+        """out (M, H) bf16 = x (M, H) float32 normalised and weighted, or as it is where there is no weight."""
         source, m, n = _matrix(x, np.float32, "x", LANES)
-        scale = _pointer(weight, np.float32, (n,), "weight")
+        scale = None if weight is None else _pointer(weight, np.float32, (n,), "weight")
         target = _pointer(out, self._activation, (m, n), "out", write=True)
-        _apart([("out", out)], ("x", x), ("weight", weight))
+        _apart([("out", out)], ("x", x), *([] if weight is None else [("weight", weight)]))
         _library().smo_rmsnorm(self._isa, self.n_threads, source, m, n, scale, _epsilon("eps", eps), target)
 
     def verify_attention(
@@ -964,21 +964,22 @@ class Kernels:
     def head_argmax(
         self,
         x: np.ndarray,
-        norm: np.ndarray,
+        norm: np.ndarray | None,
         eps: float,
         packed: np.ndarray,
         vocab: int,
         out: np.ndarray,
         logits: np.ndarray | None = None,
     ) -> None:
-        """out (M,) int32: the token with the highest logit (lowest on ties) after final norm and head; logits (M, vocab)."""
+        """out (M,) int32: the token with the highest logit (lowest on ties) after final norm (None: there is none) and
+        head; logits (M, vocab)."""
         states, m, hidden = _matrix(x, np.float32, "x", LANES)
-        scale = _pointer(norm, np.float32, (hidden,), "norm")
+        scale = None if norm is None else _pointer(norm, np.float32, (hidden,), "norm")
         weight = self._weight(packed, _size("vocab", vocab), hidden)
         target = _pointer(out, np.int32, (m,), "out", write=True)
         table = None if logits is None else _pointer(logits, np.float32, (m, vocab), "logits", write=True)
         written = [("out", out)] if logits is None else [("out", out), ("logits", logits)]
-        _apart(written, ("x", x), ("norm", norm), ("packed", packed))
+        _apart(written, ("x", x), ("packed", packed), *([] if norm is None else [("norm", norm)]))
         _epsilon("eps", eps)
         library = _library()
         scratch = self._scratch_of(library.smo_head_scratch_bytes(hidden, m, self.n_threads, HALVES[self.precision]))

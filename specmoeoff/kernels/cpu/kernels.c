@@ -75,10 +75,17 @@ void smo_linear(int isa, int threads, const uint16_t *x, int m, int n_in, const 
     EACH_THREAD(threads, linear_rows(isa_of(isa), x, m, n_in, w, n_out, (target_t){.out = out, .stride = (size_t)n_out}));
 }
 
+/* Without a weight, x as it is. */
 void rmsnorm_rows(const isa_t *isa, const float *x, size_t x_stride, int m, int n, const float *weight, float eps, uint16_t *out)
 {
 #pragma omp for schedule(static)
-    for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * x_stride, weight, eps, n, out + (size_t)r * n * isa->halves);
+    for (int r = 0; r < m; r++) {
+        const float *row = x + (size_t)r * x_stride;
+        uint16_t *to = out + (size_t)r * n * isa->halves;
+        if (weight) isa->rmsnorm(row, weight, eps, n, to);
+        else if (isa->halves == 2) memcpy(to, row, sizeof(float) * (size_t)n);
+        else isa->to_bf16(row, 1.f, n, to);
+    }
 }
 
 void smo_rmsnorm(int isa, int threads, const float *x, int m, int n, const float *weight, float eps, uint16_t *out)

@@ -101,7 +101,7 @@ typedef struct {
 
 /* Matrices are packed; biases, norms and rotary tables fp32. What a model has not is NULL. */
 typedef struct {
-    const float *input_norm;    /* (hidden) */
+    const float *input_norm;    /* (hidden); NULL: none */
     const uint16_t *qkv;        /* queries, keys, values of all heads; with latent attention latents and the rotary key */
     const uint16_t *o;          /* n_out = hidden */
     const float *post_norm;     /* (hidden) */

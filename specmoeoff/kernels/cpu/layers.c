@@ -293,8 +293,7 @@ static void head_rows(const isa_t *isa, const float *x, int m, int hidden, const
                 best[r] = -INFINITY;
                 best_index[r] = INT32_MAX;
             }
-#pragma omp for schedule(static)
-            for (int r = 0; r < m; r++) isa->rmsnorm(x + (size_t)r * hidden, norm, eps, hidden, normed + (size_t)r * n_in);
+            rmsnorm_rows(isa, x, (size_t)hidden, m, hidden, norm, eps, normed);
 #pragma omp for schedule(dynamic, 4)
             for (int s = 0; s < strips(vocab); s++) {
                 const int columns = vocab - s * COLUMNS < COLUMNS ? vocab - s * COLUMNS : COLUMNS;

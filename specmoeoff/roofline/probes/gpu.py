@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from specmoeoff.errors import MissingCapability
+from specmoeoff.kernels.cuda import function
 from specmoeoff.roofline.probes.link import NO_GPU, cuda_device
 from specmoeoff.roofline.timing import measurement
 from specmoeoff.specs.profile import Roof
@@ -24,18 +26,6 @@ ROWS = {
     "memory_triad": "too little GPU memory was free; stop other programs on the GPU",
 }
 FMA_ROUNDS, FMA_CHAINS, FMA_BLOCK = 4096, 8, 256
-FMA_SOURCE = """
-extern "C" __global__ void fma_peak(float *out, float m, int rounds) {
-    float a[8];
-    for (int j = 0; j < 8; j++) a[j] = threadIdx.x + j;
-    for (int i = 0; i < rounds; i++)
-        #pragma unroll
-        for (int j = 0; j < 8; j++) a[j] = fmaf(a[j], m, 1e-3f);
-    float sum = 0;
-    for (int j = 0; j < 8; j++) sum += a[j];
-    if (sum == -1) *out = sum;  // never so, which the compiler does not know
-}
-"""
 
 
 class Work(NamedTuple):
@@ -147,10 +137,12 @@ class TorchDevice:
     def _fma(self, name: str) -> tuple[float, Callable[[], Any]] | None:
         """Eight independent chains a thread, eight blocks a multiprocessor."""
         try:
-            import cupy
-        except ImportError:
+            kernel = function("fma_peak")
+        except MissingCapability:
             return None
-        kernel, out = cupy.RawKernel(FMA_SOURCE, "fma_peak"), cupy.zeros(1, cupy.float32)
+        import cupy
+
+        out = cupy.zeros(1, cupy.float32)
         stream = cupy.cuda.ExternalStream(self._torch.cuda.current_stream().cuda_stream)
         n_blocks = 8 * self._facts.multi_processor_count
 

@@ -11,12 +11,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from specmoeoff.estimate.memory import layer_shape
 from specmoeoff.kernels.cpu import (
     PAGE_TOKENS,
     Batch,
     DenseStack,
     Kernels,
-    LayerShape,
     LayerWeights,
     aligned_empty,
     packed_expert_bytes,
@@ -35,12 +35,14 @@ GROUP = 4  # experts computed in one call, as residents are
 COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so that they come from memory
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
 PASS_S = 0.025
-LAYERS_OF_LARGE_PASS = 4
+LAYERS_OF_LARGE_PASS, MOST_BATCHES = 4, 16
 # Beside other lanes: where memory is the limit, and where arithmetic is.
 ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
 SETTLE_S = 0.02
+# How long the compute lane waits for the disk: the longer, the slower its cores are to come back.
+WAITS_S, AWAKE_REPEATS = (0.0005, 0.002, 0.006, 0.02), 3
 
-Key = tuple[str, int, int]
+Key = tuple[str, float, int]
 Traffic = Callable[[], AbstractContextManager[None]]
 
 
@@ -51,16 +53,7 @@ class Bench:
         self.spec, self.n_threads = spec, n_threads
         self.kernels = Kernels(n_threads)
         self._rng = np.random.default_rng(0)
-        shape = LayerShape(
-            hidden=spec.hidden,
-            n_heads=spec.n_heads,
-            n_kv_heads=spec.n_kv_heads,
-            head_dim=spec.head_dim,
-            intermediate=spec.intermediate,
-            n_experts=spec.n_experts,
-            n_active=spec.n_active,
-            rms_eps=spec.rms_eps,
-        )
+        shape = layer_shape(spec)
         width = spec.n_heads * spec.head_dim
         n_expert, n_qkv = packed_expert_bytes(spec.hidden, spec.intermediate), shape.qkv_width
         n_layers = max(2, min(40, COLD_BYTES // n_expert))
@@ -87,7 +80,7 @@ class Bench:
         of_dense = n_layers * REQUESTS * (ROWS[-1] // REQUESTS // PAGE_TOKENS + 1)
         self._n_pages = max(most, of_dense, COLD_BYTES // page_bytes)
         self._pages = self._weights(self._n_pages * page_bytes).reshape(self._n_pages, page_bytes)
-        self._turn = self._next_page = 0
+        self._turn = 0
 
     def _weights(self, n_bytes: int) -> np.ndarray:
         """bf16 of ordinary size; one block repeated, since only their being ordinary matters to time."""
@@ -97,13 +90,13 @@ class Bench:
         values[:] = np.resize(block.astype(np.uint16), len(values))
         return buffer
 
-    def _batch(self, counts: Sequence[int], context: int) -> Batch:
-        """Requests with counts[i] new tokens after `context` old ones, on pages that were not used lately."""
+    def _batches(self, counts: Sequence[int], context: int) -> list[Batch]:
+        """Of requests with counts[i] new tokens after `context` old ones, some batches on pages of their own."""
         pages = (context + max(counts)) // PAGE_TOKENS + 1
-        table = (self._next_page + np.arange(len(counts) * pages)) % self._n_pages
-        self._next_page = int(table[-1]) + 1
         row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        return Batch(row_start, np.full(len(counts), context, np.int32), table.astype(np.int32).reshape(-1, pages))
+        contexts, each = np.full(len(counts), context, np.int32), len(counts) * pages
+        tables = np.arange(self._n_pages // each * each, dtype=np.int32).reshape(-1, len(counts), pages)
+        return [Batch(row_start, contexts, table) for table in tables[:MOST_BATCHES]]
 
     def _rows(self, counts: Sequence[int]) -> tuple[np.ndarray, ...]:
         """x, normed, expert_index, expert_weight of a pass."""
@@ -147,13 +140,14 @@ class Bench:
     def attention_block(self, counts: Sequence[int], context: int = 0) -> Callable[[], None]:
         """One layer for requests with counts[i] new tokens after `context` old ones."""
         x, *outputs = self._rows(counts)
+        batches = self._batches(counts, context)  # made before: the runtime makes one for all layers of a window
 
         def work() -> None:
             self._turn += 1
-            layer = self.layers[self._turn % len(self.layers)]
-            # The residual stream grows call by call otherwise.
-            np.clip(x, -4, 4, out=x)
-            self.kernels.attention_block(layer, self._batch(counts, context), x, self._pages, *outputs)
+            if self._turn % len(batches) == 0:  # the residual stream grows call by call otherwise
+                np.clip(x, -4, 4, out=x)
+            layer, batch = self.layers[self._turn % len(self.layers)], batches[self._turn % len(batches)]
+            self.kernels.attention_block(layer, batch, x, self._pages, *outputs)
 
         return work
 
@@ -193,6 +187,16 @@ class Bench:
             return max(0.0, float(beyond)) / len(counts)
 
         return measure
+
+    def wake(self, wait_s: float) -> float:
+        """What an operator on few rows takes longer after the process has slept for this long."""
+
+        def after_sleep() -> float:
+            time.sleep(wait_s)
+            return seconds_of(work)
+
+        work = self.expert(ROWS_BESIDE[0])
+        return max(0.0, float(np.median([after_sleep() - after_a_gap(work) for _ in range(AWAKE_REPEATS)])))
 
 
 def spread(rows: int) -> list[int]:
@@ -274,6 +278,8 @@ def measure_operators(
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
         for (tokens, context), measure in over_context.items():
             samples.setdefault(("attention", tokens, context), []).append(measure())
+        for wait_s in WAITS_S:
+            samples.setdefault(("wake", wait_s, 0), []).append(bench.wake(wait_s))
         for lane, traffic in lanes.items():
             for (name, size), ratio in _slowdowns(few, traffic).items():
                 ratios.setdefault((name, lane, size), []).append(ratio)
@@ -303,20 +309,22 @@ def _tables(
 ) -> list[OperatorTable]:
     spec = bench.spec
     dense = spec.attention_params
-    facts = {
-        "expert": lambda n: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
-        "experts": lambda n: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
-        "combine": lambda n: (2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)),
-        "head": lambda n: (2.0 * spec.vocab * spec.hidden * n, 2.0 * spec.vocab * spec.hidden),
-        "attention_block": lambda n: (2.0 * dense * n, 2.0 * dense),
-        "dense_layer": lambda n: (2.0 * (dense + spec.expert_params) * n, 2.0 * dense + spec.expert_bytes),
+    works: dict[str, Callable[[float, int], tuple[float, float]]] = {
+        "expert": lambda n, _: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
+        "experts": lambda n, _: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
+        "combine": lambda n, _: (2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)),
+        "head": lambda n, _: (2.0 * spec.vocab * spec.hidden * n, 2.0 * spec.vocab * spec.hidden),
+        "attention_block": lambda n, _: (2.0 * dense * n, 2.0 * dense),
+        "dense_layer": lambda n, _: (2.0 * (dense + spec.expert_params) * n, 2.0 * dense + spec.expert_bytes),
+        "attention": lambda n, c: _attention_work(spec, n, c),
+        "wake": lambda *_: (0.0, 0.0),
     }
-    tables = []
+    tables: list[OperatorTable] = []
 
     def table(operator: str, axes: tuple[str, ...], grid: tuple[tuple[float, ...], ...], keys: list[Key]) -> None:
         found = [np.asarray(samples[key]) for key in keys]
         medians = tuple(float(np.median(f)) for f in found)
-        work = [facts[operator](n) if operator in facts else _attention_work(spec, n, c) for _, n, c in keys]
+        work = [works[operator](n, c) for _, n, c in keys]
         tables.append(
             OperatorTable(
                 operator=operator,
@@ -331,7 +339,7 @@ def _tables(
                 flops=tuple(w[0] for w in work),
                 bytes=tuple(w[1] for w in work),
                 n_samples=n_rounds,
-                loo_error=leave_one_out_error(grid[0], medians) if len(grid) == 1 else None,
+                loo_error=leave_one_out_error(grid[0], medians) if axes == ("rows",) else None,
                 beside=tuple(
                     Slowdown(lane=lane, size=size, ratio=measurement(found, "ratio"))  # type: ignore[arg-type]
                     for (name, lane, size), found in ratios.items()
@@ -340,16 +348,17 @@ def _tables(
             )
         )
 
-    for operator in facts:
+    for operator in works:
         if (operator, ROWS[0], 0) in samples:
             table(operator, ("rows",), (tuple(map(float, ROWS)),), [(operator, n, 0) for n in ROWS])
     grid = (tuple(map(float, TOKENS)), tuple(map(float, bench.contexts)))
     # The cost beyond a context of nothing, which attention_block already holds.
     table("attention", ("tokens", "context"), grid, [("attention", n, c) for n in TOKENS for c in bench.contexts])
+    table("wake", ("wait_s",), (WAITS_S,), [("wake", wait_s, 0) for wait_s in WAITS_S])
     return tables
 
 
-def _attention_work(spec: ModelSpec, tokens: int, context: int) -> tuple[float, float]:
+def _attention_work(spec: ModelSpec, tokens: float, context: int) -> tuple[float, float]:
     """FLOPs and bytes of one request and layer."""
     keys_and_values = 4.0 * spec.n_kv_heads * spec.head_dim * context
     return 4.0 * tokens * context * spec.n_heads * spec.head_dim, keys_and_values

@@ -5,15 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from specmoeoff.kernels.cpu import PAGE_TOKENS, Kernels
+from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, make_rows
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.sampling import Purpose, distribution, draw, uniforms
 from specmoeoff.runtime.sequence import Sequence as TokenSequence
 from specmoeoff.runtime.trace import Trace
 
 
 class ModelDrafter:
-    """Drafts greedily, one pass a token. Tokens it has not seen yet are caught up with in the first pass."""
+    """Drafts one token a pass, as the request samples: its most likely one, or one drawn from its own distribution.
+
+    Tokens it has not seen yet are caught up with in the first pass.
+    """
 
     def __init__(self, packed: PackedModel, kernels: Kernels, pages: PageTable, max_rows: int) -> None:
         if packed.spec.n_experts != 1:
@@ -24,23 +29,37 @@ class ModelDrafter:
         self._pages = pages
         self._kv_tokens = np.zeros(len(pages.table), np.int64)
 
-    def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[list[int]]:
+    def propose(self, sequences: Sequence[TokenSequence], lengths: Sequence[int], trace: Trace) -> list[Proposal]:
         """See Drafter."""
         drafts: list[list[int]] = [[] for _ in sequences]
-        live = [i for i, length in enumerate(lengths) if length]
+        q: list[list[np.ndarray]] = [[] for _ in sequences]
+        live = [i for i, length in enumerate(lengths) if length > 0]
         step = 0
         while live:
             pending = [(sequences[i].tokens + drafts[i])[self._kv_tokens[sequences[i].slot] :] for i in live]
             taken = self._fit([len(p) for p in pending])
-            done = self._pass(
-                [sequences[i].slot for i in live], [p[:n] for p, n in zip(pending, taken, strict=True)], trace, step
+            complete = [i for i, n, p in zip(live, taken, pending, strict=True) if n == len(p)]
+            logits = (
+                self._logits(len(live)) if any(not sequences[i].request.sampling.greedy for i in complete) else None
             )
+            slots = [sequences[i].slot for i in live]
+            chosen = self._pass(slots, [p[:n] for p, n in zip(pending, taken, strict=True)], logits, trace, step)
             step += 1
-            for i, n, p, token in zip(live, taken, pending, done, strict=True):
-                if n == len(p):
-                    drafts[i].append(int(token))
+            for row, i in enumerate(live):
+                sampling = sequences[i].request.sampling
+                if i not in complete:
+                    continue
+                if logits is None or sampling.greedy:
+                    drafts[i].append(int(chosen[row]))
+                else:
+                    position = len(sequences[i].tokens) + len(drafts[i])
+                    q[i].append(distribution(logits[row : row + 1], sampling)[0])
+                    drafts[i].append(int(draw(q[i][-1], uniforms(sampling.seed, position, 1)[0, Purpose.DRAFT])))
             live = [i for i in live if len(drafts[i]) < lengths[i]]
-        return drafts
+        return [Proposal(tokens, np.stack(each) if each else None) for tokens, each in zip(drafts, q, strict=True)]
+
+    def _logits(self, n_rows: int) -> np.ndarray:
+        return np.empty((n_rows, self._model.spec.vocab), np.float32)
 
     def _fit(self, counts: list[int]) -> list[int]:
         """How many pending tokens of each sequence fit one pass."""
@@ -52,14 +71,16 @@ class ModelDrafter:
             taken.append(1 + extra)
         return taken
 
-    def _pass(self, slots: list[int], tokens: list[list[int]], trace: Trace, step: int) -> np.ndarray:
+    def _pass(
+        self, slots: list[int], tokens: list[list[int]], logits: np.ndarray | None, trace: Trace, step: int
+    ) -> np.ndarray:
         model = self._model
         counts = [len(t) for t in tokens]
         rows = make_rows(0, counts, [int(self._kv_tokens[s]) for s in slots], self._pages.table[slots])
         with trace.run(trace.builder.draft(step, rows.requests)):
             model.begin(np.concatenate([np.asarray(t, np.int32) for t in tokens]))
             model.dense_pass(self._stack, rows)
-            chosen = model.choose(np.cumsum(counts) - 1)
+            chosen = model.choose(np.cumsum(counts) - 1, logits)
         self._kv_tokens[slots] += counts
         return chosen
 
@@ -70,3 +91,6 @@ class ModelDrafter:
     def forget(self, sequence: TokenSequence) -> None:
         """See Drafter."""
         self._kv_tokens[sequence.slot] = 0
+
+    def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
+        """See Drafter."""

@@ -1,0 +1,41 @@
+// bf16 is carried in 16-bit words. Compiled with --fmad=false: multiply-adds are written out where they are wanted, for the
+// compiler's own choice would differ between otherwise equal kernels.
+#pragma once
+#include <ptx.cuh>
+
+typedef unsigned short u16;
+
+constexpr int WARP = 32, PAGE_TOKENS = 64;
+constexpr unsigned ALL = 0xffffffffu;
+constexpr float LOWEST = -1e30f;
+#define MINUS_INFINITY __uint_as_float(0xff800000u)  // NVRTC brings no headers
+
+// The one shared array of a block, carved by the kernel.
+extern __shared__ uint4 shared_memory[];
+
+__device__ inline float from_bf16(u16 x) { return __uint_as_float((unsigned)x << 16); }
+
+// To nearest, ties to even; NaN stays NaN.
+__device__ inline u16 to_bf16(float x)
+{
+    const unsigned bits = __float_as_uint(x);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? (u16)(bits >> 16 | 0x40) : (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+__device__ inline unsigned bf16_pair(float low, float high) { return to_bf16(low) | (unsigned)to_bf16(high) << 16; }
+
+// Over the lanes of a warp as a butterfly: the same tree whatever the rest of the grid does, the same bits in every lane.
+template <class T> __device__ inline T warp_sum(T x)
+{
+    for (int step = WARP / 2; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+    return x;
+}
+
+template <class T> __device__ inline T warp_max(T x)
+{
+    for (int step = WARP / 2; step; step /= 2) {
+        const T other = __shfl_xor_sync(ALL, x, step);
+        x = other > x ? other : x;
+    }
+    return x;
+}

@@ -1,0 +1,1 @@
+"""`serve`: OpenAI-compatible HTTP over the engine."""

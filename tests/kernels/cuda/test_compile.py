@@ -1,0 +1,76 @@
+"""Every CUDA source through NVRTC for every architecture it is meant for, without a GPU: registers, spills, and its kernels' names."""
+
+import ctypes
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from specmoeoff.kernels.cuda import FOLDER, KERNELS, OPTIONS
+
+PROMISED = (80, 86, 89, 90)
+# Bytes a thread may spill: the widest heads want more registers than there are.
+SPILL_BYTES = {"attend_256": 512}
+
+
+class Usage(NamedTuple):
+    """Of one kernel, as ptxas tells it."""
+
+    registers: int
+    spilled_bytes: int
+
+
+@cache
+def nvrtc() -> ctypes.CDLL:
+    spec = find_spec("nvidia")
+    found = [
+        lib for root in (spec.submodule_search_locations if spec else ()) for lib in Path(root).rglob("libnvrtc.so.*")
+    ]
+    if not found:
+        pytest.skip("NVRTC is not installed")
+    return ctypes.CDLL(str(found[0]))
+
+
+def newest() -> int:
+    count = ctypes.c_int()
+    nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    nvrtc().nvrtcGetSupportedArchs(known)
+    return max(known)
+
+
+def compiled(name: str, architecture: int) -> dict[str, Usage]:
+    """Usage of each kernel in a source; the compiler's own words where it refuses."""
+    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    source = (FOLDER / f"{name}.cu").read_text().encode()
+    library.nvrtcCreateProgram(ctypes.byref(program), source, f"{name}.cu".encode(), 0, None, None)
+    options = [*OPTIONS, f"-I{FOLDER}", f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"]
+    failed = library.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    )
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, text)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    log = text.value.decode()
+    assert not failed, log
+    assert "warning" not in log, log
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    return {
+        kernel: Usage(int(registers), int(stores) + int(loads))
+        for kernel, stores, loads, registers in re.findall(pattern, log, re.DOTALL)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [*PROMISED, "newest"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_nvrtc_compiles_every_kernel_and_spills_little(name: str, architecture: int | str) -> None:
+    usage = compiled(name, newest() if architecture == "newest" else int(architecture))
+    assert set(usage) == set(KERNELS[name])
+    for kernel, used in usage.items():
+        print(f"{kernel} sm_{architecture}: {used.registers} registers, {used.spilled_bytes} bytes spilled")
+        assert used.spilled_bytes <= SPILL_BYTES.get(kernel, 0), kernel

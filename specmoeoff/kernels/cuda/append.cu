@@ -19,22 +19,21 @@ extern "C" __global__ void rmsnorm(const float *x, const float *weight, float ep
 extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cosines,
                                             const float *sines, const int *request_of, const int *slot_of, const int *position_of,
                                             const int *page_table, int max_pages, int n_rows, int n_heads, int n_kv_heads, int dim,
-                                            u16 *query, u16 *k_pages, u16 *v_pages)
+                                            u16 *query, u16 *pages)
 {
     const int lane = threadIdx.x % WARP, heads = n_heads + 2 * n_kv_heads, half = dim / 2;
     const int task = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, row = task / heads, head = task % heads;
     if (row >= n_rows) return;
     const float *x = qkv + (size_t)task * dim;
     const int slot = slot_of[row] % PAGE_TOKENS, kv_head = (head - n_heads) % n_kv_heads;
-    const size_t page = page_table[(size_t)request_of[row] * max_pages + slot_of[row] / PAGE_TOKENS];
-    const size_t base = (page * n_kv_heads + kv_head) * dim * PAGE_TOKENS;
+    const int page = page_table[(size_t)request_of[row] * max_pages + slot_of[row] / PAGE_TOKENS];
+    u16 *const head_pages = pages + head_at(page, kv_head, n_kv_heads, dim);
     if (head >= n_heads + n_kv_heads) {
-        u16 *values = v_pages + base + (size_t)(slot / 2) * 2 * dim;
         const bool last = row + 1 == n_rows || request_of[row + 1] != request_of[row];
         for (int i = lane; i < dim; i += WARP) {
-            values[2 * i + slot % 2] = to_bf16(x[i]);
+            head_pages[value_at(slot, i, dim)] = to_bf16(x[i]);
             // The CPU's kernel reads pairs: the other half may hold anything, and probability 0 times NaN is NaN.
-            if (last && slot % 2 == 0) values[2 * i + 1] = 0;
+            if (last && slot % 2 == 0) head_pages[value_at(slot + 1, i, dim)] = 0;
         }
         return;
     }
@@ -55,7 +54,7 @@ extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_nor
             if (head < n_heads)
                 query[((size_t)row * n_heads + head) * dim + at] = to_bf16(rotated[side] * query_scale);
             else
-                k_pages[base + (size_t)(at / 2) * 2 * PAGE_TOKENS + slot * 2 + at % 2] = to_bf16(rotated[side]);
+                head_pages[key_at(slot, at, dim)] = to_bf16(rotated[side]);
         }
     }
 }

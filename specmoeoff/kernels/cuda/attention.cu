@@ -28,7 +28,7 @@ struct Mask {
 // a chain. Partial (range, M, n_heads): reference, sum, dim outputs.
 // Grid (row tiles, n_kv_heads * ranges, n_requests); each of a block's warps takes a tile.
 template <int DIM>
-__device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages, const int *row_start, const int *first_position,
+__device__ void attend(const u16 *query, const u16 *pages, const int *row_start, const int *first_position,
                        const int *page_table, const int *paths, const int *depths, int max_depth, int max_pages, int n_heads,
                        int n_kv_heads, int window, int n_sinks, float *partials)
 {
@@ -70,7 +70,7 @@ __device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages,
 
     for (int block = range * RANGE_TOKENS; block < (range + 1) * RANGE_TOKENS && block <= highest; block += BLOCK) {
         if (!mask.may_see(lowest, highest, block)) continue;
-        const size_t in_page = ((size_t)table[block / PAGE_TOKENS] * n_kv_heads + kv_head) * DIM * PAGE_TOKENS;
+        const u16 *in_page = pages + head_at(table[block / PAGE_TOKENS], kv_head, n_kv_heads, DIM);
         const bool gather = paths && block + BLOCK > mask.first;
         // Scores of tokens 8q .. 8q+7: column c of tile j is token 4c + j.
         float scores[4][4];
@@ -78,9 +78,9 @@ __device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages,
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) scores[j][i] = 0.f;
-        const unsigned *keys = (const unsigned *)(k_pages + in_page) + block % PAGE_TOKENS + 4 * g;
+        const unsigned *keys = (const unsigned *)(in_page + key_at(block % PAGE_TOKENS + 4 * g, 0, DIM));
 #define SLOT(at) ((at) < mask.first || (at) > highest ? min(at, highest) : mask.first + path[(at) - mask.first])
-#define PAGE_OF(slot) (((size_t)table[(slot) / PAGE_TOKENS] * n_kv_heads + kv_head) * DIM * PAGE_TOKENS)
+#define PAGE_OF(slot) (pages + head_at(table[(slot) / PAGE_TOKENS], kv_head, n_kv_heads, DIM))
 #pragma unroll
         for (int s = 0; s < K_STEPS; s++) {
             unsigned b[2][4];
@@ -88,13 +88,13 @@ __device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages,
             for (int half = 0; half < 2; half++) {
                 const int pair = s * 8 + half * 4 + q;
                 if (!gather) {
-                    const uint4 four = *(const uint4 *)(keys + pair * PAGE_TOKENS);
+                    const uint4 four = *(const uint4 *)(keys + pair * STRIP);
                     b[half][0] = four.x, b[half][1] = four.y, b[half][2] = four.z, b[half][3] = four.w;
                 } else {
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         const int slot = SLOT(block + 4 * g + j);
-                        b[half][j] = ((const unsigned *)(k_pages + PAGE_OF(slot)))[pair * PAGE_TOKENS + slot % PAGE_TOKENS];
+                        b[half][j] = *(const unsigned *)(PAGE_OF(slot) + key_at(slot % PAGE_TOKENS, 2 * pair, DIM));
                     }
                 }
             }
@@ -140,13 +140,13 @@ __device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages,
                 uint4 four = make_uint4(0, 0, 0, 0);
                 if (known > 0 && column < DIM) {
                     if (!gather) {
-                        four = *(const uint4 *)(v_pages + in_page + ((size_t)(at % PAGE_TOKENS / 2) * DIM + column) * 2);
+                        four = *(const uint4 *)(in_page + value_at(at % PAGE_TOKENS, 32 * d, DIM) + 8 * g);
                     } else {
                         unsigned both[4] = {0, 0, 0, 0};
 #pragma unroll
                         for (int side = 0; side < 2; side++) {
                             const int slot = SLOT(at + side);
-                            const u16 *value = v_pages + PAGE_OF(slot) + ((size_t)(slot % PAGE_TOKENS / 2) * DIM + column) * 2 + slot % 2;
+                            const u16 *value = PAGE_OF(slot) + value_at(slot % PAGE_TOKENS, 32 * d, DIM) + 8 * g;
 #pragma unroll
                             for (int j = 0; j < 4; j++) both[j] |= (unsigned)value[2 * j] << 16 * side;
                         }
@@ -194,11 +194,11 @@ __device__ void attend(const u16 *query, const u16 *k_pages, const u16 *v_pages,
 
 #define FOR_DIM(n)                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(4 * WARP, 1)                                                                      \
-        attend_##n(const u16 *query, const u16 *k_pages, const u16 *v_pages, const int *row_start, const int *first_position,      \
+        attend_##n(const u16 *query, const u16 *pages, const int *row_start, const int *first_position,      \
                    const int *page_table, const int *paths, const int *depths, int max_depth, int max_pages, int n_heads,          \
                    int n_kv_heads, int window, int n_sinks, float *partials)                                                       \
     {                                                                                                                              \
-        attend<n>(query, k_pages, v_pages, row_start, first_position, page_table, paths, depths, max_depth, max_pages, n_heads,    \
+        attend<n>(query, pages, row_start, first_position, page_table, paths, depths, max_depth, max_pages, n_heads,    \
                   n_kv_heads, window, n_sinks, partials);                                                                          \
     }
 

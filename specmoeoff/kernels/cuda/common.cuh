@@ -5,10 +5,28 @@
 
 typedef unsigned short u16;
 
-constexpr int WARP = 32, PAGE_TOKENS = 64;
+constexpr int WARP = 32, PAGE_TOKENS = 128, STRIP = 64;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOWEST = -1e30f;
 #define MINUS_INFINITY __uint_as_float(0xff800000u)  // NVRTC brings no headers
+
+// Where a page of the CPU's kernels has number `at` of a token's key (kernels/cpu/attention.h; both counted in bf16) of one KV
+// head, and number `at` of its value.
+__device__ inline size_t key_at(int slot, int at, int dim)
+{
+    return (size_t)(slot / STRIP) * dim * STRIP + (size_t)(at / 2) * 2 * STRIP + slot % STRIP * 2 + at % 2;
+}
+
+__device__ inline size_t value_at(int slot, int at, int dim)
+{
+    const int first = at / STRIP * STRIP, columns = dim - first < STRIP ? dim - first : STRIP;
+    return (size_t)(dim + first) * PAGE_TOKENS + ((size_t)(slot / 2) * columns + (at - first)) * 2 + slot % 2;
+}
+
+__device__ inline size_t head_at(int page, int kv_head, int n_kv_heads, int dim)
+{
+    return ((size_t)page * n_kv_heads + kv_head) * 2 * dim * PAGE_TOKENS;
+}
 
 // The one shared array of a block, carved by the kernel.
 extern __shared__ uint4 shared_memory[];

@@ -134,11 +134,10 @@ def rmsnorm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
 
 
 class Pages(NamedTuple):
-    """Paged keys and values of one layer, as the CPU kernels have them: k (n_pages, n_kv_heads, dim / 2, 64, 2), v (n_pages,
-    n_kv_heads, 32, dim, 2) bf16, and table (n_requests, max_pages) int32."""
+    """Paged keys and values of one layer, as the CPU kernels have them in bf16: kv (n_pages, n_kv_heads, 2 * dim * 128), and
+    table (n_requests, max_pages) int32."""
 
-    k: Array
-    v: Array
+    kv: Array
     table: Array
 
 
@@ -205,10 +204,10 @@ def norm_rope_append(
     """qkv (M, n_heads + 2 n_kv_heads, dim) float32 -> query (M, n_heads, dim) bf16, scaled, and keys and values to their pages;
     norms: weights (dim) of queries and keys; rotary: cosines and sines (n_positions, dim / 2)."""
     m, heads, dim = qkv.shape
-    n_kv_heads = pages.k.shape[1]
+    n_kv_heads = pages.kv.shape[1]
     numbers = _i32(pages.table.shape[1], m, heads - 2 * n_kv_heads, n_kv_heads, dim)
     of_rows = (rows.request, rows.slot, rows.position, pages.table)
-    arguments = (qkv, *(norms or (NULL, NULL)), np.float32(eps), *rotary, *of_rows, *numbers, query, pages.k, pages.v)
+    arguments = (qkv, *(norms or (NULL, NULL)), np.float32(eps), *rotary, *of_rows, *numbers, query, pages.kv)
     return _by_warp("norm_rope_append", m * heads, *arguments)
 
 
@@ -235,7 +234,7 @@ def attention(
     m, n_heads, dim = query.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, not {dim}")
-    n_kv_heads = pages.k.shape[1]
+    n_kv_heads = pages.kv.shape[1]
     group = n_heads // n_kv_heads
     tiles = _ceil(rows.most_rows * group, 16) if rows.paths is None else rows.most_rows * _ceil(group, 16)
     warps = min(tiles, BLOCK_WARPS)
@@ -245,8 +244,7 @@ def attention(
     numbers = _i32(max_depth, pages.table.shape[1], n_heads, n_kv_heads, window, n_sinks)
     arguments = (
         query,
-        pages.k,
-        pages.v,
+        pages.kv,
         rows.row_start,
         rows.first_position,
         pages.table,
@@ -289,6 +287,6 @@ def verify(
     )
 
 
-def page_shapes(n_pages: int, n_kv_heads: int, dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of `Pages.k` and `Pages.v`."""
-    return (n_pages, n_kv_heads, dim // 2, PAGE_TOKENS, 2), (n_pages, n_kv_heads, PAGE_TOKENS // 2, dim, 2)
+def pages_shape(n_pages: int, n_kv_heads: int, dim: int) -> tuple[int, ...]:
+    """Of `Pages.kv`."""
+    return n_pages, n_kv_heads, 2 * dim * PAGE_TOKENS

@@ -63,7 +63,7 @@ def test_experts_match_float64(host: Host, m: int) -> None:
     out = case.run(host, case.index, case.x)
     for slot, expert in enumerate(case.index.reshape(-1)):
         row = slot // case.n_active
-        close(out[slot], reference.expert(case.x[row : row + 1], *case.plain[expert])[0], 2 * BF16_EPS)
+        close(out[slot], reference.expert(case.x[row : row + 1], *map(reference.bf16_to_f64, case.plain[expert]))[0], 2 * BF16_EPS)
 
 
 @pytest.mark.parametrize("tiles", launches.ROW_TILES)
@@ -136,10 +136,12 @@ class Cache:
         self.rows, self.heads, self.kv_heads, self.dim = rows, heads, kv_heads, dim
         counts = np.diff(rows.row_start)
         self.ends = [int(f + n) for f, n in zip(rows.first_position, counts, strict=True)]
-        per_request = -(-max(self.ends) // 64)
+        per_request = -(-max(self.ends) // cpu.PAGE_TOKENS)
         table = 1 + rng.permutation(len(counts) * per_request).astype(np.int32).reshape(len(counts), -1)
-        k_shape, v_shape = launches.page_shapes(1 + table.size, kv_heads, dim)
-        self.pages = Pages(np.full(k_shape, NAN, np.uint16), np.full(v_shape, NAN, np.uint16), table)
+        self.shape = cpu.KVShape(heads, kv_heads, dim, dim)
+        kv = np.full(launches.pages_shape(1 + table.size, kv_heads, dim), NAN, np.uint16)
+        self.pages = Pages(kv, table)
+        self.bytes = kv.view(np.uint8).reshape(1 + table.size, -1)  # as the CPU's kernels take them
         angles = np.outer(np.arange(max(self.ends)), 0.9 ** np.arange(dim // 2)).astype(np.float32)
         self.rotary = (np.cos(angles), np.sin(angles))
         self.norms = (rng.random(dim).astype(np.float32), rng.random(dim).astype(np.float32)) if norms else None
@@ -175,7 +177,7 @@ class Cache:
     def exact(self, query: np.ndarray, **masks: Any) -> np.ndarray:
         out = []
         for r, end in enumerate(self.ends):
-            keys, values = reference.unpack_pages(self.pages.k, self.pages.v, self.pages.table[r], end)
+            keys, values = reference.unpack_pages(self.bytes, self.shape, self.pages.table[r], end)
             first = int(self.rows.first_position[r])
             mine = slice(self.rows.row_start[r], self.rows.row_start[r + 1])
             seen = [
@@ -197,13 +199,14 @@ def test_append_normalises_rotates_and_stores_as_the_cpu_lays_pages_out(host: Ho
         if cache.norms:
             q, k = (reference.rmsnorm(x, w, 1e-5) for x, w in zip((q, k), cache.norms, strict=True))
         q, k = (reference.rotate(x, *(t[:end] for t in cache.rotary)) for x in (q, k))
-        keys, values = reference.unpack_pages(cache.pages.k, cache.pages.v, cache.pages.table[r], end)
+        keys, values = reference.unpack_pages(cache.bytes, cache.shape, cache.pages.table[r], end)
         close(keys, k, BF16_EPS)
         close(values, v, BF16_EPS)
         mine = slice(cache.rows.row_start[r], cache.rows.row_start[r + 1])
         close(reference.bf16_to_f64(query[mine]), q[cache.rows.first_position[r] :] / np.sqrt(80), BF16_EPS)
         if end % 2:  # the CPU's kernel multiplies the other half of the last pair by 0
-            assert not cache.pages.v[cache.pages.table[r, end // 64], :, end % 64 // 2, :, 1].any()
+            after = reference.unpack_pages(cache.bytes, cache.shape, cache.pages.table[r], end + 1)[1][-1]
+            assert not after.any()
 
 
 SHAPES = [(4, 4, 64), (9, 3, 80), (8, 1, 96), (4, 2, 112), (20, 1, 128), (2, 1, 192), (2, 2, 256)]
@@ -234,10 +237,9 @@ def test_attention_obeys_windows_and_sinks(host: Host, masks: dict[str, Any], dr
 def test_attention_agrees_with_the_cpus_kernel_over_the_same_pages(host: Host) -> None:
     cache = Cache(launches.chain(*RAGGED), 9, 3, 64)
     query = cache.append(host)
-    shape = cpu.LayerShape(16, 9, 3, 64, 2, 1, 1, 1e-5)
     batch = cpu.Batch(cache.rows.row_start, cache.rows.first_position, cache.pages.table)
     out = np.empty((len(query), 9 * 64), np.uint16)
-    cpu.Kernels(1).verify_attention(shape, batch, cache.pages.k, cache.pages.v, query.reshape(len(query), -1), out)
+    cpu.Kernels(1).verify_attention(cache.shape, batch, cache.bytes, query.reshape(len(query), -1), out)
     found = reference.bf16_to_f64(cache.attend(host, query)).reshape(len(query), -1)
     close(found, reference.bf16_to_f64(out), 2 * BF16_EPS)
 

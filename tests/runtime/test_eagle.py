@@ -139,7 +139,7 @@ def test_it_drafts_what_the_published_architecture_does(
                 for sequence, drafted in zip(ready, proposals, strict=True):
                     chain, leads = reference(sequence.tokens, k)
                     # After the first near-tie the two may go different ways.
-                    sure = next((i for i, lead in enumerate(leads) if lead < 0.02), k)
+                    sure = next((i for i, lead in enumerate(leads) if lead < 0.05), k)
                     found += drafted[:sure]
                     wanted += chain[:sure]
     assert len(wanted) >= 12
@@ -176,6 +176,9 @@ def test_a_head_that_knows_the_target_is_always_accepted(tmp_path: Path, save_mo
     (target / "config.json").write_text((made / "config.json").read_text())
     tensors = load_file(made / "model.safetensors")
     silent(tensors, "model.layers.0.self_attn.o_proj.weight")
+    tensors["model.norm.weight"] = torch.ones_like(
+        tensors["model.norm.weight"]
+    )  # else it changes which token is likeliest
     save_file(tensors, target / "model.safetensors")
     layer = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.layers.0.")}
     hidden = len(layer["layers.0.input_layernorm.weight"])

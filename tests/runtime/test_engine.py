@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from specmoeoff.errors import BadInput
+from specmoeoff.kernels.cpu import PAGE_TOKENS
 from specmoeoff.runtime import expert_store
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.expert_store import TokenBucket
@@ -56,6 +57,7 @@ def generate(
     accept_: Callable[[list[int], list[int]], int] = accept,
     todo: list[Request] | None = None,
     kv_tokens: int | None = None,
+    context_tokens: int = 128,
     expect: Callable[[Engine], None] = lambda engine: None,
 ) -> dict[str, list[int]]:
     target, draft = pair
@@ -66,7 +68,7 @@ def generate(
         draft_length=k,
         batch=batch,
         micro_batches=micro_batches,
-        context_tokens=128,
+        context_tokens=context_tokens,
         prefill_chunk_tokens=chunk,
         kv_tokens=kv_tokens,
     )
@@ -243,8 +245,8 @@ def test_a_sampled_request_gives_the_same_answer_whatever_runs_beside_it(
 
 @pytest.mark.parametrize(("drafter", "k"), [("none", 0), ("ngram", 3), ("model", 4)])
 def test_preempted_requests_give_the_same_answer(pair: tuple[PackedModel, PackedModel], drafter: str, k: int) -> None:
-    todo = mixed(pair[0].spec.vocab)
-    free = generate(pair, drafter, k, batch=4, todo=todo)
+    todo = [replace(r, max_tokens=r.max_tokens + 75) for r in mixed(pair[0].spec.vocab)]
+    free = generate(pair, drafter, k, batch=4, todo=todo, context_tokens=256)
 
     def preempted(engine: Engine) -> None:
         assert engine.n_preempted >= 2
@@ -252,12 +254,13 @@ def test_preempted_requests_give_the_same_answer(pair: tuple[PackedModel, Packed
         assert {s.request.request_id for s in engine.finished} == {r.request_id for r in todo}
         assert all(len(s.logprobs) == s.n_output for s in engine.finished if s.request.top_logprobs is not None)
 
-    assert generate(pair, drafter, k, batch=4, todo=todo, kv_tokens=192, chunk=16, expect=preempted) == free
+    tight = {"kv_tokens": 3 * PAGE_TOKENS, "context_tokens": 256, "chunk": 16}
+    assert generate(pair, drafter, k, batch=4, todo=todo, expect=preempted, **tight) == free
 
 
 def test_a_kv_budget_below_one_context_is_refused(pair: tuple[PackedModel, PackedModel]) -> None:
-    with pytest.raises(BadInput, match=r"decode\.kv_tokens of 64 cannot hold one context of 128"):
-        generate(pair, kv_tokens=64)
+    with pytest.raises(BadInput, match=r"decode\.kv_tokens of 128 cannot hold one context of 256"):
+        generate(pair, kv_tokens=128, context_tokens=256)
 
 
 def test_drafts_follow_the_plans_table(pair: tuple[PackedModel, PackedModel], plain: dict[str, list[int]]) -> None:

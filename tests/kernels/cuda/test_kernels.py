@@ -63,7 +63,11 @@ def test_experts_match_float64(host: Host, m: int) -> None:
     out = case.run(host, case.index, case.x)
     for slot, expert in enumerate(case.index.reshape(-1)):
         row = slot // case.n_active
-        close(out[slot], reference.expert(case.x[row : row + 1], *map(reference.bf16_to_f64, case.plain[expert]))[0], 2 * BF16_EPS)
+        close(
+            out[slot],
+            reference.expert(case.x[row : row + 1], *map(reference.bf16_to_f64, case.plain[expert]))[0],
+            2 * BF16_EPS,
+        )
 
 
 @pytest.mark.parametrize("tiles", launches.ROW_TILES)

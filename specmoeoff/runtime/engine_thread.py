@@ -23,6 +23,10 @@ class ShuttingDown(SpecMoEOffError):
     """The engine stopped before the request was answered."""
 
 
+class RequestFailed(SpecMoEOffError):
+    """The machine is to blame and not the request, such as where an expert cannot be read."""
+
+
 @dataclass(eq=False)
 class _Ticket:
     deliver: Deliver
@@ -138,7 +142,8 @@ class EngineThread:
             with self._changed:
                 self._open.pop(request_id, None)
         if tokens or sequence.finish_reason:
-            ticket.deliver(tokens, (sequence.error or sequence) if sequence.finish_reason else None)
+            ended = RequestFailed(str(sequence.error)) if sequence.error else sequence
+            ticket.deliver(tokens, ended if sequence.finish_reason else None)
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

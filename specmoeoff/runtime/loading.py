@@ -76,7 +76,7 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     opened = Opened(
         pack_model(folder, progress, plan.model.precision),
         draft,
-        Tokenizer(folder if folder.is_dir() else folder.parent),
+        Tokenizer(folder),
     )
     needed, available = plan.memory.rss_bytes, available_bytes()
     if needed > available:

@@ -14,7 +14,8 @@ class Tokenizer:
     def __init__(self, folder: Path | str) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
-        self._folder = Path(folder)
+        folder = Path(folder)
+        self._folder = folder.parent if folder.is_file() else folder  # beside a GGUF file
         path = self._folder / "tokenizer.json"
         if not path.exists():
             raise BadInput(f"{path}: no such tokenizer; download it with the rest of the checkpoint.")

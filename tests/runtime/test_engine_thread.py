@@ -11,6 +11,7 @@ from specmoeoff.api import Engine
 from specmoeoff.errors import BadInput
 from specmoeoff.runtime.engine_thread import EngineThread, QueueFull, ShuttingDown
 from specmoeoff.runtime.sequence import Request, Sequence
+from specmoeoff.runtime.serving.app import describe
 from specmoeoff.specs.plan import Plan
 
 
@@ -78,6 +79,21 @@ def test_a_window_that_fails_fails_its_requests_and_the_next_are_answered(
         thread.submit(request("b"), inbox)
         assert len(inbox.end()[0]) == 20
         assert thread.alive
+
+
+def test_what_the_machine_fails_is_not_told_as_the_requests_fault(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(live: list[Any], starts: object) -> None:
+        live[0].error, live[0].finish_reason = BadInput("expert 3 differs from what was packed."), "error"
+
+    monkeypatch.setattr(engine, "_fail", damaged)
+    with EngineThread(engine, 10) as thread:
+        inbox = Inbox()
+        thread.submit(request("a"), inbox)
+        status, body = describe(inbox.end()[1])
+    assert (status, body["error"]["type"]) == (500, "server_error")
+    assert body["error"]["message"] == "expert 3 differs from what was packed."
 
 
 def test_too_many_too_long_and_too_late_are_refused(engine: Engine) -> None:

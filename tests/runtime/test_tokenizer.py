@@ -52,6 +52,11 @@ def test_a_chat_becomes_the_tokens_transformers_makes(folder: Path) -> None:
     assert Tokenizer(folder).encode_chat(CHAT) == list(wanted)
 
 
+def test_beside_a_gguf_file_it_is_found(folder: Path) -> None:
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert Tokenizer(folder / "model.gguf").encode_chat(CHAT) == Tokenizer(folder).encode_chat(CHAT)
+
+
 def test_a_template_in_a_file_of_its_own_wins(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     tokenizer = Tokenizer(folder)

@@ -49,14 +49,15 @@ class Workspace:
 
     def __init__(self, spec: ModelSpec, max_rows: int) -> None:
         self.max_rows = max_rows
-        self.x = _array((max_rows, spec.hidden), np.float32)
-        self.normed = _array((max_rows, spec.hidden), ACTIVATION[spec.precision])
-        self.expert_index = _array((max_rows, spec.n_active), np.int32)
-        self.expert_weight = _array((max_rows, spec.n_active), np.float32)
-        self.expert_out = _array((max_rows * spec.n_active, spec.hidden), np.float32)
+        self.x = array_of((max_rows, spec.hidden), np.float32)
+        self.normed = array_of((max_rows, spec.hidden), ACTIVATION[spec.precision])
+        self.expert_index = array_of((max_rows, spec.n_active), np.int32)
+        self.expert_weight = array_of((max_rows, spec.n_active), np.float32)
+        self.expert_out = array_of((max_rows * spec.n_active, spec.hidden), np.float32)
 
 
-def _array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def array_of(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros in memory of its own."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return aligned_empty(n_bytes).view(dtype).reshape(shape)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from specmoeoff.errors import BadInput
-from specmoeoff.kernels.cpu import ACTIVATION, PAGE_TOKENS, Kernels, aligned_empty, pack_expert, packed_expert_bytes
+from specmoeoff.kernels.cpu import ACTIVATION, PAGE_TOKENS, Kernels, pack_expert, packed_expert_bytes
 from specmoeoff.runtime.architectures import expected_shapes, expert_tensor_names
 from specmoeoff.runtime.checkpoint import Checkpoint, to_bf16
 from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
-from specmoeoff.runtime.model import Model, Rows, make_rows
+from specmoeoff.runtime.model import Model, Rows, array_of, make_rows
 from specmoeoff.runtime.pack import pack_weight
 from specmoeoff.runtime.sequence import Sequence as TokenSequence
 from specmoeoff.runtime.trace import Trace
@@ -118,8 +118,7 @@ class EagleDrafter:
         self._stack = self._model.stack([head.expert])
         self._head, self._target, self._kernels, self._pages = head, target, kernels, pages
         shape = (pages.n_pages, PAGE_TOKENS, head.spec.hidden)
-        dtype = ACTIVATION[head.spec.precision]
-        self._features = aligned_empty(np.dtype(dtype).itemsize * int(np.prod(shape))).view(dtype).reshape(shape)
+        self._features = array_of(shape, ACTIVATION[head.spec.precision])
         # Positions whose keys and values come from the target's features, not from extrapolated ones.
         self._kv_tokens = np.zeros(len(pages.table), np.int64)
 

@@ -1,7 +1,7 @@
 // Which drafted tokens stand, and the token after them: Leviathan et al. 2023, algorithm 1, in float64.
 //
-// Draws are NumPy's: the first two uniforms of Generator(Philox(key=(seed, 0), counter=(0, position, 0, 0))), where position is
-// that of the token drawn for. They depend on nothing else, so neither on the batch nor on how many tokens were drafted.
+// Draws are those of runtime/sampling.py's `uniforms`, where position is that of the token drawn for. They depend on nothing
+// else, so neither on the batch nor on how many tokens were drafted.
 #include "common.cuh"
 
 namespace {
@@ -9,17 +9,17 @@ namespace {
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 typedef unsigned long long u64;
 
-// Philox4x64-10 (Salmon et al. 2011), its first two words as uniforms in [0, 1) of 53 bits.
+// Philox4x64-10 (Salmon et al. 2011), its first two words (to accept by, to choose by) as uniforms in [0, 1) of 52 bits.
 __device__ void draw(u64 seed, u64 position, double (&uniform)[2])
 {
-    u64 c[4] = {1, position, 0, 0}, k[2] = {seed, 0};  // NumPy counts up before it draws
+    u64 c[4] = {position + 1, 0, 0, 0}, k[2] = {seed, 0};  // NumPy counts up before it draws
     for (int round = 0; round < 10; round++) {
         const u64 a = 0xD2E7470EE14C6C93ull, b = 0xCA5A826395121157ull;
         const u64 high_a = __umul64hi(a, c[0]), low_a = a * c[0], high_b = __umul64hi(b, c[2]), low_b = b * c[2];
         c[0] = high_b ^ c[1] ^ k[0], c[1] = low_b, c[2] = high_a ^ c[3] ^ k[1], c[3] = low_a;
         k[0] += 0x9E3779B97F4A7C15ull, k[1] += 0xBB67AE8584CAA73Bull;
     }
-    for (int i = 0; i < 2; i++) uniform[i] = (double)(c[i] >> 11) * 0x1p-53;
+    for (int i = 0; i < 2; i++) uniform[i] = (double)(c[i] >> 12) * 0x1p-52;
 }
 
 struct Softmax {
@@ -80,7 +80,7 @@ __device__ Softmax softmax(const float *logits, int vocab, double temperature, i
     return p;
 }
 
-// The lowest token whose cumulative weight exceeds uniform times their sum; of the target's distribution, less the draft's where
+// The lowest token whose cumulative weight exceeds uniform times their sum, of the target's distribution, less the draft's where
 // there is one: q, or all of it on one token.
 struct Residual {
     Softmax p, q;
@@ -92,20 +92,22 @@ struct Residual {
     }
 };
 
-__device__ int sample(const Residual &weight, int vocab, double uniform)
+__device__ int sample(Residual weight, int vocab, double uniform)
 {
     double *of = (double *)shared_memory;
     int *chosen = (int *)(of + WARPS);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, part = (vocab + WARPS - 1) / WARPS;
     const int first = min(warp * part, vocab), last = min(first + part, vocab);
-    double sum = 0;
-    for (int v = first + lane; v < last; v += WARP) sum += weight(v);
-    sum = warp_sum(sum);
-    __syncthreads();
-    if (lane == 0) of[warp] = sum;
-    __syncthreads();
     double total = 0, before = 0;
-    for (int w = 0; w < WARPS; w++) total += of[w];
+    for (; total == 0; weight.drafted = total == 0 ? -1 : weight.drafted) {  // p and q that differ by rounding leave nothing: p
+        double sum = 0;
+        for (int v = first + lane; v < last; v += WARP) sum += weight(v);
+        sum = warp_sum(sum);
+        __syncthreads();
+        if (lane == 0) of[warp] = sum;
+        __syncthreads();
+        for (int w = 0; w < WARPS; w++) total += of[w];
+    }
     const double wanted = uniform * total;
     int mine = 0;
     for (; mine < WARPS - 1 && before + of[mine] <= wanted; mine++) before += of[mine];
@@ -136,7 +138,7 @@ __device__ int sample(const Residual &weight, int vocab, double uniform)
 // are -inf. drafted (M), in each request's last row unused. draft_logits (M, vocab) likewise, or NULL where a drafter is sure of
 // its tokens. seeds, temperature (n_requests), 0: greedy; first_position (n_requests): of the token the first row decides.
 // -> n_accepted (n_requests), and next_token (n_requests): what follows the accepted ones.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     verify(const float *logits, const float *draft_logits, const int *drafted, const int *row_start, const int *first_position,
            const u64 *seeds, const double *temperature, int vocab, int *n_accepted, int *next_token)
 {

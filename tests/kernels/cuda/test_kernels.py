@@ -11,6 +11,7 @@ from specmoeoff.kernels import cpu, reference
 from specmoeoff.kernels.cuda import FOLDER, launches
 from specmoeoff.kernels.cuda import reference as cuda_reference
 from specmoeoff.kernels.cuda.launches import Pages, Rows
+from specmoeoff.runtime import sampling, verify
 
 Host = Any  # of conftest.py
 BF16_EPS = 2.0**-8
@@ -293,23 +294,40 @@ class Drafts:
         return np.stack([accepted, token], axis=1)
 
     def exact(self) -> np.ndarray:
+        """As the engine does it on the CPU."""
         found = []
         for r, (first, last) in enumerate(zip(self.row_start, self.row_start[1:], strict=False)):
-            q = None if self.draft_logits is None else self.draft_logits[first:last]
-            drafted = self.drafted[first : last - 1].tolist()
-            arguments = (self.temperature, int(self.seeds[r]), int(self.first[r]))
-            found.append(cuda_reference.verify(self.logits[first:last], q, drafted, *arguments))
+            logits, drafted = self.logits[first:last], self.drafted[first : last - 1]
+            if self.temperature == 0:
+                chosen = logits.argmax(axis=1).tolist()
+                n = verify.accept(drafted.tolist(), chosen)
+                found.append((n, chosen[n]))
+                continue
+            heated = sampling.Sampling(self.temperature)
+            q = None
+            if self.draft_logits is not None and len(drafted):
+                q = sampling.distribution(self.draft_logits[first : last - 1], heated)
+            uniform = sampling.uniforms(int(self.seeds[r]), int(self.first[r]), len(logits))
+            found.append(verify.verify_sampled(sampling.distribution(logits, heated), q, drafted, uniform))
         return np.array(found)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
 @pytest.mark.parametrize("sure", [True, False])
 @pytest.mark.parametrize("vocab", [3, 257, 1001])
-def test_verification_makes_the_hosts_choices_from_the_hosts_draws(
+def test_verification_makes_the_cpu_engines_choices_from_its_draws(
     host: Host, temperature: float, sure: bool, vocab: int
 ) -> None:
-    case = Drafts([0, 1, 4, 7, 2, 3, 5, 6], vocab, temperature, sure)
+    case = Drafts([0, 1, 4, 7, 2, 3, 5, 6] * 4, vocab, temperature, sure)
     assert np.array_equal(case.run(host), case.exact())
+
+
+def test_a_rejected_token_that_leaves_nothing_is_replaced_by_one_of_the_targets(host: Host) -> None:
+    case = Drafts([1] * 30, 40, 1.0, False)
+    case.draft_logits = case.logits  # nothing of the target's is left when the draft's is taken away
+    case.drafted[:] = 1  # which neither would choose
+    assert np.array_equal(case.run(host), case.exact())
+    assert len(set(case.exact()[:, 1])) > 5
 
 
 @pytest.mark.parametrize("sure", [True, False])
@@ -320,19 +338,19 @@ def test_what_verification_emits_is_distributed_as_the_target(host: Host, sure: 
     target, draft = f32(rng, vocab), f32(rng, vocab)
     case.logits = np.tile(target, (2 * n, 1))
     case.draft_logits = None if sure else np.tile(draft, (2 * n, 1))
-    case.drafted[:] = 2 if sure else rng.choice(vocab, 2 * n, p=cuda_reference.softmax(draft, 1.0))
+    case.drafted[:] = 2 if sure else rng.choice(vocab, 2 * n, p=sampling.softmax(draft))
     accepted, token = case.run(host).T
     emitted = np.where(accepted > 0, case.drafted[::2], token)
-    expected = cuda_reference.softmax(target, 1.0) * n
+    expected = sampling.softmax(target) * n
     assert stats.chisquare(np.bincount(emitted, minlength=vocab), expected).pvalue > 0.001
 
 
-def test_philox_is_numpys(host: Host) -> None:
-    """Known answers are NumPy's business; that the kernel's draws are the same shows where a draw decides between two tokens."""
+def test_draws_are_the_cpu_engines(host: Host) -> None:
+    """Which shows where a draw decides between two equally likely tokens."""
     case = Drafts([0] * 40, 2, 1.0, True)
     case.logits[:] = 0
-    draws = [cuda_reference.uniforms(int(s), int(p))[1] for s, p in zip(case.seeds, case.first, strict=True)]
-    assert np.array_equal(case.run(host)[:, 1], np.array(draws) >= 0.5)
+    draws = [sampling.uniforms(int(s), int(p), 1)[0] for s, p in zip(case.seeds, case.first, strict=True)]
+    assert np.array_equal(case.run(host)[:, 1], np.array(draws)[:, sampling.Purpose.CHOOSE] >= 0.5)
 
 
 def test_probes_do_what_they_are_timed_for(host: Host) -> None:

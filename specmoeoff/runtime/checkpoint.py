@@ -23,7 +23,8 @@ from specmoeoff.runtime.architectures import (
     spec_of,
     stacked_expert_name,
 )
-from specmoeoff.specs.model import ModelSpec, Precision
+from specmoeoff.precision import Precision
+from specmoeoff.specs.model import ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

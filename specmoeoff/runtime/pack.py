@@ -20,7 +20,8 @@ from specmoeoff.runtime.architectures import layer_tensors
 from specmoeoff.runtime.build_folder import build_folder
 from specmoeoff.runtime.checkpoint import Checkpoint, open_checkpoint
 from specmoeoff.specs.base import FileSpec, Spec
-from specmoeoff.specs.model import ModelSpec, Precision
+from specmoeoff.precision import Precision
+from specmoeoff.specs.model import ModelSpec
 
 LAYOUT = 1
 ALIGNMENT = 4096

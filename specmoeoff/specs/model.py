@@ -3,10 +3,10 @@
 import math
 from typing import ClassVar, Literal
 
+from specmoeoff.precision import Precision
 from specmoeoff.specs.base import FileSpec, Spec
 
 BF16_BYTES = 2
-Precision = Literal["bf16", "fp32"]
 Architecture = Literal[
     "mixtral",
     "llama",

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from specmoeoff.specs.base import FileSpec, Spec
-from specmoeoff.specs.model import Precision
+from specmoeoff.precision import Precision
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -16,7 +16,7 @@ from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, make_rows
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.sequence import Request
-from specmoeoff.specs.model import Precision
+from specmoeoff.precision import Precision
 from specmoeoff.specs.plan import PlanDecode, PlanExperts, PlanThreads
 
 

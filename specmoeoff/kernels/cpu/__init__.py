@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.specs.model import Precision
+from specmoeoff.precision import Precision
 
 PAGE_TOKENS = 128
 LANES = 16

@@ -14,7 +14,7 @@ from specmoeoff.kernels.cuda.launches import HEAD_DIMS, ROW_TILES, Launch
 KERNELS = {
     "grouped": (*(f"{name}_{n}" for name in ("gate_up", "linear") for n in ROW_TILES), "combine"),
     "router": ("route", "token_lists"),
-    "append": ("rmsnorm", "norm_rope_append"),
+    "append": ("embed", "rmsnorm", "norm_rope_append"),
     "attention": (*(f"attend_{n}" for n in HEAD_DIMS), "merge"),
     "verify": ("verify",),
     "probes": ("fma_peak", "copy", "block_stream"),

@@ -1,12 +1,19 @@
 // From residual rows to queries, and keys and values in their pages.
 #include "common.cuh"
 
-// One warp a row: out = bf16(x * rsqrt(mean(x^2) + eps) * weight).
-extern "C" __global__ void rmsnorm(const float *x, const float *weight, float eps, int n_rows, int hidden, u16 *out)
+// One block a row: x = embedding of its token.
+extern "C" __global__ void embed(const int *tokens, const u16 *embedding, int hidden, float *x)
+{
+    const u16 *from = embedding + (size_t)tokens[blockIdx.x] * hidden;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(size_t)blockIdx.x * hidden + i] = from_bf16(from[i]);
+}
+
+// One warp a row: out = bf16(x * rsqrt(mean(x^2) + eps) * weight), of x's rows at `rows` (NULL: all).
+extern "C" __global__ void rmsnorm(const float *x, const int *rows, const float *weight, float eps, int n_rows, int hidden, u16 *out)
 {
     const int lane = threadIdx.x % WARP, row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     if (row >= n_rows) return;
-    const float *mine = x + (size_t)row * hidden;
+    const float *mine = x + (size_t)(rows ? rows[row] : row) * hidden;
     float squares = 0.f;
     for (int i = lane; i < hidden; i += WARP) squares = fmaf(mine[i], mine[i], squares);
     const float scale = 1.f / sqrtf(warp_sum(squares) / hidden + eps);
@@ -15,19 +22,25 @@ extern "C" __global__ void rmsnorm(const float *x, const float *weight, float ep
 
 // One warp a (row, head). qkv (M, n_heads + 2 n_kv_heads, dim) -> query (M, n_heads, dim) bf16, normed (unless its weight is
 // NULL), rotated and scaled; keys, likewise unscaled, and values to their pages. request_of, slot_of, position_of (M): a row's
-// request, its place in the request's pages, and the position it is rotated by (other than the place in a tree of drafts).
+// request, its place in the request's pages, and the position it is rotated by (other than the place in a tree of drafts). Keys and
+// values whose pages are not here go to away (M, 2 n_kv_heads, dim) as they are; NULL: all pages are here.
 extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cosines,
                                             const float *sines, const int *request_of, const int *slot_of, const int *position_of,
                                             const int *page_table, int max_pages, int n_rows, int n_heads, int n_kv_heads, int dim,
-                                            u16 *query, u16 *pages)
+                                            u16 *query, u16 *pages, float *away)
 {
     const int lane = threadIdx.x % WARP, heads = n_heads + 2 * n_kv_heads, half = dim / 2;
     const int task = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, row = task / heads, head = task % heads;
     if (row >= n_rows) return;
     const float *x = qkv + (size_t)task * dim;
     const int slot = slot_of[row] % PAGE_TOKENS, kv_head = (head - n_heads) % n_kv_heads;
-    const int page = page_table[(size_t)request_of[row] * max_pages + slot_of[row] / PAGE_TOKENS];
+    const int page = away ? 0 : page_table[(size_t)request_of[row] * max_pages + slot_of[row] / PAGE_TOKENS];
     u16 *const head_pages = pages + head_at(page, kv_head, n_kv_heads, dim);
+    float *const mine_away = away + ((size_t)row * 2 * n_kv_heads + head - n_heads) * dim;
+    if (head >= n_heads + n_kv_heads && away) {
+        for (int i = lane; i < dim; i += WARP) mine_away[i] = x[i];
+        return;
+    }
     if (head >= n_heads + n_kv_heads) {
         const bool last = row + 1 == n_rows || request_of[row + 1] != request_of[row];
         for (int i = lane; i < dim; i += WARP) {
@@ -53,6 +66,8 @@ extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_nor
             const int at = i + side * half;
             if (head < n_heads)
                 query[((size_t)row * n_heads + head) * dim + at] = to_bf16(rotated[side] * query_scale);
+            else if (away)
+                mine_away[at] = rotated[side];
             else
                 head_pages[key_at(slot, at, dim)] = to_bf16(rotated[side]);
         }

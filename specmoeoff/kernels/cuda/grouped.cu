@@ -85,13 +85,13 @@ __device__ void multiply(float (&sums)[MATRICES][TILES][4], const uint4 *const (
     }
 }
 
-// Grid (row tiles of the largest group, ceil(features / 64), groups).
+// Grid (row tiles of the largest group, ceil(features / 64), groups). A group without weights (NULL) is left to others.
 template <int TILES>
 __device__ void gate_up(const u16 *x, const uint4 *const *experts, const int *start, const int *slots, int hidden, int intermediate, int n_active, u16 *out)
 {
     const int expert = blockIdx.z, tile = blockIdx.y * WARPS + threadIdx.x / WARP;
     const Rows rows = {slots, start[expert] + (int)blockIdx.x * TILES * 8, start[expert + 1], n_active};
-    if (rows.first >= rows.last) return;
+    if (rows.first >= rows.last || !experts[expert]) return;
     const int n_tiles = intermediate / FEATURES, mine = tile < n_tiles ? tile : n_tiles - 1;  // idle warps keep the barriers
     const size_t tile_size = (size_t)hidden * FEATURES / 8;
     const uint4 *const weights[2] = {experts[expert] + mine * tile_size, experts[expert] + (n_tiles + mine) * tile_size};
@@ -117,7 +117,7 @@ __device__ void linear(const u16 *x, const uint4 *const *weights_of, long long o
 {
     const int group = blockIdx.z, tile = blockIdx.y * WARPS + threadIdx.x / WARP;
     const Rows rows = {slots, start[group] + (int)blockIdx.x * TILES * 8, start[group + 1], 1};
-    if (rows.first >= rows.last) return;
+    if (rows.first >= rows.last || !weights_of[group]) return;
     const int n_tiles = (features + FEATURES - 1) / FEATURES, mine = tile < n_tiles ? tile : n_tiles - 1;
     const uint4 *const weights[1] = {weights_of[group] + offset + mine * ((size_t)depth * FEATURES / 8)};
     float sums[1][TILES][4];
@@ -155,13 +155,16 @@ FOR_TILES(4)
 FOR_TILES(8)
 
 // x (M, hidden) += sum over ranks, in order, of weight (M, n_active) * out (M * n_active, hidden); product rounded before the sum.
-extern "C" __global__ void combine(float *x, const float *expert_out, const float *weight, int hidden, int n_active)
+// Experts that `elsewhere` (n_experts; NULL: none) marks are left out: index (M, n_active) tells whose a slot is.
+extern "C" __global__ void combine(float *x, const float *expert_out, const float *weight, const int *index, const int *elsewhere, int hidden,
+                                   int n_active)
 {
     const int row = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= hidden) return;
     float sum = x[(size_t)row * hidden + column];
     for (int rank = 0; rank < n_active; rank++) {
         const size_t slot = (size_t)row * n_active + rank;
+        if (elsewhere && elsewhere[index[slot]]) continue;
         sum += weight[slot] * expert_out[slot * hidden + column];
     }
     x[(size_t)row * hidden + column] = sum;

@@ -106,12 +106,13 @@ def linear(x: Array, packed: Array, ends: Array, out: Array, tiles: int | None =
     return _grouped("linear", n_out, 1, m, tiles, x, packed, np.int64(0), ends, NULL, *_i32(n_in, n_out), out)
 
 
-def combine(x: Array, expert_out: Array, weight: Array) -> Launch:
-    """x (M, H) float32 += sum over ranks, in order, of weight (M, n_active) * expert_out (M * n_active, H)."""
+def combine(x: Array, expert_out: Array, weight: Array, index: Array = None, elsewhere: Array = None) -> Launch:
+    """x (M, H) float32 += sum over ranks, in order, of weight (M, n_active) * expert_out (M * n_active, H), but those of index
+    (M, n_active) that elsewhere (n_experts) int32 marks."""
     m, hidden = x.shape
-    return Launch(
-        "combine", (_ceil(hidden, 256), m, 1), (256, 1, 1), 0, (x, expert_out, weight, *_i32(hidden, weight.shape[1]))
-    )
+    whose = (NULL, NULL) if elsewhere is None else (index, elsewhere)
+    arguments = (x, expert_out, weight, *whose, *_i32(hidden, weight.shape[1]))
+    return Launch("combine", (_ceil(hidden, 256), m, 1), (256, 1, 1), 0, arguments)
 
 
 def route(logits: Array, n_experts: int, index: Array, weight: Array, renormalise: bool = True) -> Launch:
@@ -128,9 +129,21 @@ def token_lists(index: Array, start: Array, slots: Array) -> Launch:
     return Launch("token_lists", (len(start) - 1, 1, 1), (256, 1, 1), 32, (index, *_i32(index.size), start, slots))
 
 
-def rmsnorm(x: Array, weight: Array, eps: float, out: Array) -> Launch:
-    """x (M, H) float32 -> out (M, H) bf16."""
-    return _by_warp("rmsnorm", len(x), x, weight, np.float32(eps), *_i32(*x.shape), out)
+def embed(tokens: Array, embedding: Array, x: Array) -> Launch:
+    """tokens (M,) int32 of embedding (vocab, H) bf16 -> x (M, H) float32."""
+    return Launch("embed", (len(tokens), 1, 1), (128, 1, 1), 0, (tokens, embedding, *_i32(x.shape[1]), x))
+
+
+def rmsnorm(x: Array, weight: Array, eps: float, out: Array, rows: Array = None) -> Launch:
+    """x (M, H) float32, or its rows (N,) int32 -> out (M or N, H) bf16."""
+    which = NULL if rows is None else rows
+    return _by_warp("rmsnorm", len(out), x, which, weight, np.float32(eps), *_i32(*out.shape), out)
+
+
+def copy(source: Array, to: Array) -> Launch:
+    """Of equal arrays, whole 16-byte words of them, by the GPU's own cores: it passes by what waits for the copy engines."""
+    words = source.nbytes // 16
+    return Launch("copy", (_ceil(words, 256), 1, 1), (256, 1, 1), 0, (source, to, np.int64(words)))
 
 
 class Pages(NamedTuple):
@@ -200,14 +213,17 @@ def norm_rope_append(
     rows: Rows,
     pages: Pages,
     query: Array,
+    away: Array = None,
 ) -> Launch:
     """qkv (M, n_heads + 2 n_kv_heads, dim) float32 -> query (M, n_heads, dim) bf16, scaled, and keys and values to their pages;
-    norms: weights (dim) of queries and keys; rotary: cosines and sines (n_positions, dim / 2)."""
+    norms: weights (dim) of queries and keys; rotary: cosines and sines (n_positions, dim / 2). Where away (M, 2 n_kv_heads, dim)
+    float32 is given, keys and values go there."""
     m, heads, dim = qkv.shape
     n_kv_heads = pages.kv.shape[1]
     numbers = _i32(pages.table.shape[1], m, heads - 2 * n_kv_heads, n_kv_heads, dim)
     of_rows = (rows.request, rows.slot, rows.position, pages.table)
-    arguments = (qkv, *(norms or (NULL, NULL)), np.float32(eps), *rotary, *of_rows, *numbers, query, pages.kv)
+    there = NULL if away is None else away
+    arguments = (qkv, *(norms or (NULL, NULL)), np.float32(eps), *rotary, *of_rows, *numbers, query, pages.kv, there)
     return _by_warp("norm_rope_append", m * heads, *arguments)
 
 

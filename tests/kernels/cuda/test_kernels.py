@@ -1,4 +1,4 @@
-"""Every CUDA kernel, run on a CPU (see shim/host.h), against the references, and bit for bit against itself."""
+"""Every CUDA kernel, run on a CPU (see shim/host.cuh), against the references, and bit for bit against itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +102,28 @@ def test_combine_adds_in_rank_order(host: Host) -> None:
     assert np.array_equal(x, expected)
 
 
+def test_what_is_computed_elsewhere_is_neither_computed_nor_added(host: Host) -> None:
+    case = Experts(11)
+    packed, elsewhere = addresses(*case.packed), np.array([0, 1, 0, 0], np.int32)
+    packed[1] = 0
+    start, slots = np.full(5, -1, np.int32), np.full(case.index.size, -1, np.int32)
+    host.run(launches.token_lists(case.index, start, slots))
+    hidden_out = np.full((case.index.size, case.intermediate), NAN, np.uint16)
+    out = np.full((case.index.size, 64), np.nan, np.float32)
+    host.run(launches.experts(case.x, packed, start, slots, 11, hidden_out, out))
+    assert np.array_equal(np.isnan(out).all(axis=1), case.index.reshape(-1) == 1)
+    x, weight = np.zeros((11, 64), np.float32), np.ones((11, 2), np.float32)
+    host.run(launches.combine(x, out, weight, case.index, elsewhere))
+    assert np.array_equal(x, np.nansum(out.reshape(11, 2, 64), axis=1))
+
+
+def test_embedding_is_looked_up(host: Host) -> None:
+    rng = np.random.default_rng(0)
+    table, tokens, x = bf16(rng, 9, 72), np.array([8, 0, 8], np.int32), np.full((3, 72), np.nan, np.float32)
+    host.run(launches.embed(tokens, table, x))
+    assert np.array_equal(x, reference.bf16_to_f64(table)[tokens])
+
+
 @pytest.mark.parametrize(("m", "n_experts", "n_active"), [(1, 1, 1), (9, 8, 2), (5, 33, 4), (3, 128, 8), (2, 1024, 3)])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_the_router_takes_the_largest_and_the_lowest_of_equals(
@@ -131,6 +153,9 @@ def test_rmsnorm_matches_float64(host: Host) -> None:
     x, weight, out = f32(rng, 7, 100), f32(rng, 100), np.full((7, 100), NAN, np.uint16)
     host.run(launches.rmsnorm(x, weight, 1e-5, out))
     close(reference.bf16_to_f64(out), reference.rmsnorm(x, weight, 1e-5), BF16_EPS)
+    some, rows = np.full((2, 100), NAN, np.uint16), np.array([5, 2], np.int32)
+    host.run(launches.rmsnorm(x, weight, 1e-5, some, rows))
+    assert np.array_equal(some, out[rows])
 
 
 class Cache:
@@ -212,6 +237,20 @@ def test_append_normalises_rotates_and_stores_as_the_cpu_lays_pages_out(host: Ho
         if end % 2:  # the CPU's kernel multiplies the other half of the last pair by 0
             after = reference.unpack_pages(cache.bytes, cache.shape, cache.pages.table[r], end + 1)[1][-1]
             assert not after.any()
+
+
+def test_keys_and_values_of_pages_elsewhere_are_those_that_pages_here_get(host: Host) -> None:
+    cache = Cache(launches.chain([3, 2], [0, 0]), 4, 2, 64, norms=True)
+    query = cache.append(host)
+    qkv = np.stack([cache.tokens[r][s] for r, s in zip(cache.rows.request, cache.rows.slot, strict=True)])
+    again, away = np.full_like(query, NAN), np.full((5, 4, 64), np.nan, np.float32)
+    nowhere = Pages(cache.pages.kv[:0], cache.pages.table)
+    host.run(launches.norm_rope_append(qkv, cache.norms, 1e-5, cache.rotary, cache.rows, nowhere, again, away))
+    assert np.array_equal(again, query)
+    for r, end in enumerate(cache.ends):
+        keys, values = reference.unpack_pages(cache.bytes, cache.shape, cache.pages.table[r], end)
+        mine = reference.bf16_to_f64(reference.f32_to_bf16(away[cache.rows.request == r]))
+        assert np.array_equal(mine, np.concatenate([keys, values], axis=1))
 
 
 SHAPES = [(4, 4, 64), (9, 3, 80), (8, 1, 96), (4, 2, 112), (20, 1, 128), (2, 1, 192), (2, 2, 256)]

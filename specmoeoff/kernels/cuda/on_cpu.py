@@ -1,0 +1,79 @@
+"""The CUDA kernels compiled for a CPU, with threads as fibers (see shim/host.cuh): the sources and launches are the product's own."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from specmoeoff.errors import MissingCapability
+from specmoeoff.kernels.cuda import FOLDER, KERNELS
+from specmoeoff.kernels.cuda.launches import Launch
+
+FAILURES = {1: "threads wait for ever", 2: "shared memory was overrun", 3: "no such kernel"}
+MOST_SHARED_BYTES, MOST_THREADS = 48 << 10, 1024
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+SOURCE = """#include "host.cuh"
+#include "{folder}/common.cuh"
+{includes}
+uint4 shared_memory[SHARED_BYTES / sizeof(uint4)];
+static const Kernel KERNELS[] = {{
+{entries}
+}};
+extern "C" int arguments_of(const char *name)
+{{
+    for (const Kernel &k : KERNELS) if (!strcmp(k.name, name)) return k.n_arguments;
+    return -1;
+}}
+extern "C" int launch(const char *name, const int *grid, const int *block, int shared_bytes, void **arguments, int order, int barrier, int waits)
+{{
+    skip_barrier = barrier;
+    skip_waits = waits;
+    for (const Kernel &k : KERNELS) if (!strcmp(k.name, name)) return run_grid(k, grid, block, shared_bytes, arguments, order);
+    return 3;
+}}
+"""
+
+
+class Host:
+    """Runs launches on NumPy arrays. order 0: warps forwards, 1: backwards, above: at random by that seed."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def run(
+        self, launches: Launch | Iterable[Launch], order: int = 0, skip_barrier: int = -1, skip_waits: bool = False
+    ) -> None:
+        """One launch or several in turn. AssertionError where a launch is none that a GPU could run."""
+        for launch in [launches] if isinstance(launches, Launch) else launches:
+            values = [np.uint64(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in launch.arguments]
+            boxes = [np.array([v]) for v in values]  # a scalar's own bytes
+            pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
+            three = ctypes.c_int * 3
+            name = launch.kernel.encode()
+            assert self._library.arguments_of(name) == len(boxes), f"{launch.kernel} takes another number of arguments"
+            assert 0 < np.prod(launch.block) <= MOST_THREADS
+            assert launch.shared_bytes <= MOST_SHARED_BYTES
+            shape = (three(*launch.grid), three(*launch.block), launch.shared_bytes)
+            failed = self._library.launch(name, *shape, pointers, order, skip_barrier, skip_waits)
+            assert not failed, f"{launch.kernel}: {FAILURES[failed]}"
+
+
+def build(folder: Path) -> Host:
+    """Compile into `folder`. Raises MissingCapability without a C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        raise MissingCapability("no C++ compiler was found to run CUDA kernels on a CPU; install g++.")
+    includes = "\n".join(f'namespace in_{name} {{\n#include "{FOLDER / f"{name}.cu"}"\n}}' for name in KERNELS)
+    entries = "\n".join(
+        f'{{"{k}", [](void **a) {{ call(in_{name}::{k}, a); }}, n_arguments(in_{name}::{k})}},'
+        for name, kernels in KERNELS.items()
+        for k in kernels
+    )
+    source, library = folder / "on_cpu.cpp", folder / "on_cpu.so"
+    source.write_text(SOURCE.format(folder=FOLDER, includes=includes, entries=entries))
+    command = [compiler, *FLAGS, f"-I{FOLDER / 'shim'}", "-o", str(library), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return Host(library)

@@ -58,6 +58,7 @@ class Node:
     requests: tuple[RequestTokens, ...] = ()
     experts: tuple[ExpertUse, ...] = ()
     rows: float = 0.0
+    part: int = 0  # the micro-batch it is of, with a GPU
     # A load takes a slot when it starts; the node that computes its expert, its `user`, gives it back.
     user: int | None = None
     # Nodes whose end tells whether this expert is used: a prefetch not begun by then is dropped if it is not.
@@ -199,17 +200,20 @@ def gpu_window_graph(shape: GpuWindow, n_layers: int, n_windows: int = 1) -> Gra
     layer's transfer begins when the experts two layers before are done, across windows too; it is cut into one piece for
     each micro-batch, which follows that micro-batch's activations.
     """
-    builder = _GpuBuilder(shape, n_layers)
+    builder, graph = GpuBuilder(shape, n_layers), Graph()
     for _ in range(n_windows):
-        builder.window()
-    return builder.graph
+        graph.nodes += builder.window()
+        graph.ends.append(graph.nodes[-1].index)
+    return graph
 
 
-class _GpuBuilder:
+class GpuBuilder:
+    """Adds window after window, keeping the edges and nothing else: there is no end to the windows of a run."""
+
     def __init__(self, shape: GpuWindow, n_layers: int) -> None:
-        self.graph = Graph()
         self._shape, self._n_layers = shape, n_layers
-        self._window = 0
+        self._window, self._n_nodes = 0, 0
+        self._nodes: list[Node] = []
         self._verified: tuple[int, ...] = ()
         self._loads: dict[int, list[int]] = {}  # by layer, counted through all windows
         self._computed: dict[int, int] = {}
@@ -220,17 +224,17 @@ class _GpuBuilder:
     def _add(self, kind: NodeKind, lane: Lane, layer: int, part: int, *deps: int) -> int:
         """`layer` counts through all windows; -1: outside the layers."""
         window, layer = (self._window, -1) if layer < 0 else divmod(layer, self._n_layers)
-        index = len(self.graph.nodes)
         name = f"{kind} {layer}.{part}" if layer >= 0 else f"{kind} {part}"
-        self.graph.nodes.append(Node(index, window, name, kind, lane, layer, deps))
-        return index
+        self._nodes.append(Node(self._n_nodes, window, name, kind, lane, layer, deps, part=part))
+        self._n_nodes += 1
+        return self._n_nodes - 1
 
     def _load(self, layer: int, part: int, *deps: int) -> None:
         free = (self._computed[layer - 2],) if layer - 2 in self._computed else ()
         self._loads.setdefault(layer, []).append(self._add("load", "h2d", layer, part, *free, *deps))
 
-    def window(self) -> None:
-        """One more."""
+    def window(self) -> list[Node]:
+        """The nodes of one more, the last of them its end; with loads of the next window's first layer."""
         shape, first = self._shape, self._window * self._n_layers
         parts, ready = range(shape.micro_batches), self._draft(first + 1)
         routed = [self._attend(first, part, ready) for part in parts]
@@ -248,8 +252,12 @@ class _GpuBuilder:
             routed = following
         head = self._add("head", "gpu", -1, 0, *(node for output in outputs for node in output))
         self._verified = (self._add("verify", "gpu", -1, 0, head),)
-        self.graph.ends.append(self._verified[0])
         self._window += 1
+        for old in (self._loads, self._computed):
+            for layer in [layer for layer in old if layer < first]:
+                del old[layer]
+        nodes, self._nodes = self._nodes, []
+        return nodes
 
     def _draft(self, next_layer: int) -> tuple[int, ...]:
         """Steps of the part of the requests whose draft KV lies in GPU memory beside the other part's; the link goes on

@@ -16,6 +16,7 @@ import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.files import cache_dir, load_json, read_text, sha256_text, write_atomic
+from specmoeoff.precision import Precision
 from specmoeoff.runtime.architectures import (
     expected_shapes,
     expert_tensor_names,
@@ -23,7 +24,6 @@ from specmoeoff.runtime.architectures import (
     spec_of,
     stacked_expert_name,
 )
-from specmoeoff.precision import Precision
 from specmoeoff.specs.model import ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"

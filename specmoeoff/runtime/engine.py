@@ -20,8 +20,9 @@ from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.loading import Opened
-from specmoeoff.runtime.model import Model, Rows, make_rows
+from specmoeoff.runtime.model import Model
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.rows import Rows, make_rows
 from specmoeoff.runtime.sampling import distribution, uniforms
 from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.runtime.trace import Trace

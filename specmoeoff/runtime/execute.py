@@ -6,7 +6,8 @@ import numpy as np
 
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, ExpertUse, Node
 from specmoeoff.runtime.expert_store import ExpertStore, Load
-from specmoeoff.runtime.model import Model, Rows
+from specmoeoff.runtime.model import Model
+from specmoeoff.runtime.rows import Rows
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.specs.plan import PlanExperts
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from specmoeoff.errors import BadInput, MissingCapability
+from specmoeoff.precision import Precision
 from specmoeoff.runtime.architectures import spec_of
 from specmoeoff.runtime.checkpoint import Checkpoint, TensorPlace, to_bf16
-from specmoeoff.precision import Precision
 from specmoeoff.specs.model import ModelSpec
 
 ARCHITECTURES = {

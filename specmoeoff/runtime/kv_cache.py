@@ -22,31 +22,39 @@ class KVCache:
 
 
 class PageTable:
-    """Which pages a live request owns, of a budget that all share. Page 0 belongs to nobody: unused entries point at it."""
+    """Which pages a live request owns, of a budget that all share. Page 0 belongs to nobody: unused entries point at it.
 
-    def __init__(self, n_slots: int, context_tokens: int, kv_tokens: int | None = None) -> None:
+    Requests in the first `near_slots` places have theirs in GPU memory, a whole context each, numbered before the others'.
+    """
+
+    def __init__(self, n_slots: int, context_tokens: int, kv_tokens: int | None = None, near_slots: int = 0) -> None:
         self.pages_per_request = pages_for(context_tokens)
-        n_owned = pages_for(kv_tokens) if kv_tokens else n_slots * self.pages_per_request
-        if n_owned < self.pages_per_request:
+        self.near_slots, self.n_near_pages = near_slots, near_slots * self.pages_per_request
+        n_owned = pages_for(kv_tokens) if kv_tokens else (n_slots - near_slots) * self.pages_per_request
+        if near_slots < n_slots and n_owned < self.pages_per_request:
             raise BadInput(
                 f"the plan's decode.kv_tokens of {kv_tokens} cannot hold one context of {context_tokens}; raise it."
             )
-        self.n_pages = n_owned + 1
+        self.n_pages = self.n_near_pages + n_owned + 1
         self.table = np.zeros((n_slots, self.pages_per_request), np.int32)
-        self._free = list(range(self.n_pages - 1, 0, -1))
+        self._free_near = list(range(self.n_near_pages, 0, -1))
+        self._free_far = list(range(self.n_pages - 1, self.n_near_pages, -1))
 
     def reserve(self, slot: int, n_tokens: int) -> bool:
         """Give a request the pages it lacks for `n_tokens`; False, and nothing given, where too few are free."""
-        owned = self.table[slot]
+        owned, free = self.table[slot], self._free(slot)
         first, last = int(np.count_nonzero(owned)), pages_for(n_tokens)
-        if last - first > len(self._free):
+        if last - first > len(free):
             return False
         if last > first:
-            owned[first:last] = [self._free.pop() for _ in range(last - first)]
+            owned[first:last] = [free.pop() for _ in range(last - first)]
         return True
 
     def release(self, slot: int) -> None:
         """Take a request's pages back."""
         owned = self.table[slot]
-        self._free.extend(int(page) for page in owned[owned > 0][::-1])
+        self._free(slot).extend(int(page) for page in owned[owned > 0][::-1])
         owned[:] = 0
+
+    def _free(self, slot: int) -> list[int]:
+        return self._free_near if slot < self.near_slots else self._free_far

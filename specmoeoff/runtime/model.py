@@ -1,7 +1,6 @@
 """A decoder's dense weights, KV cache and workspace, and its forward pass in the pieces the graph is made of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,38 +9,18 @@ from specmoeoff.estimate.memory import layer_arrays, layer_shape
 from specmoeoff.kernels.cpu import (
     ACTIVATION,
     SILU,
-    Batch,
     DenseStack,
     Kernels,
     LayerWeights,
     Swiglu,
     aligned_empty,
 )
-from specmoeoff.pipeline import RequestTokens
 from specmoeoff.runtime.kv_cache import KVCache
 from specmoeoff.runtime.rope import rope_tables
+from specmoeoff.runtime.rows import Rows
 from specmoeoff.specs.model import ModelSpec
 
 GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows first..last of a pass, and the ragged batch they form."""
-
-    first: int
-    last: int
-    batch: Batch
-    requests: tuple[RequestTokens, ...]
-
-
-def make_rows(first: int, counts: Sequence[int], positions: Sequence[int], pages: np.ndarray) -> Rows:
-    """Requests with counts[i] new tokens after positions[i] old ones; `pages` (n_requests, max_pages) int32."""
-    row_start = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=row_start[1:])
-    batch = Batch(row_start, np.asarray(positions, np.int32), np.ascontiguousarray(pages))
-    requests = tuple(RequestTokens(n, p) for n, p in zip(counts, positions, strict=True))
-    return Rows(first, first + int(row_start[-1]), batch, requests)
 
 
 class Workspace:

@@ -16,11 +16,11 @@ from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.estimate.memory import dense_bytes, expert_stride, layer_arrays
 from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
+from specmoeoff.precision import Precision
 from specmoeoff.runtime.architectures import layer_tensors
 from specmoeoff.runtime.build_folder import build_folder
 from specmoeoff.runtime.checkpoint import Checkpoint, open_checkpoint
 from specmoeoff.specs.base import FileSpec, Spec
-from specmoeoff.precision import Precision
 from specmoeoff.specs.model import ModelSpec
 
 LAYOUT = 1

@@ -1,10 +1,14 @@
 """Rotary positions: the angle of every position and frequency, scaled as the model was trained."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specmoeoff.specs.model import ModelSpec, RopeScaling
+if TYPE_CHECKING:
+    from specmoeoff.specs.model import ModelSpec, RopeScaling
 
 F32 = np.float32
 

@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from specmoeoff.specs.base import FileSpec, Spec
 from specmoeoff.precision import Precision
+from specmoeoff.specs.base import FileSpec, Spec
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

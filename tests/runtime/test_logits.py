@@ -10,13 +10,14 @@ import pytest
 
 from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels.cpu import Kernels, supported_isas
+from specmoeoff.precision import Precision
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.kv_cache import PageTable
-from specmoeoff.runtime.model import Model, make_rows
+from specmoeoff.runtime.model import Model
 from specmoeoff.runtime.pack import PackedModel, pack_model
+from specmoeoff.runtime.rows import make_rows
 from specmoeoff.runtime.sequence import Request
-from specmoeoff.precision import Precision
 from specmoeoff.specs.plan import PlanDecode, PlanExperts, PlanThreads
 
 

@@ -23,7 +23,7 @@ extern "C" __global__ void rmsnorm(const float *x, const int *rows, const float 
 // One warp a (row, head). qkv (M, n_heads + 2 n_kv_heads, dim) -> query (M, n_heads, dim) bf16, normed (unless its weight is
 // NULL), rotated and scaled; keys, likewise unscaled, and values to their pages. request_of, slot_of, position_of (M): a row's
 // request, its place in the request's pages, and the position it is rotated by (other than the place in a tree of drafts). Keys and
-// values whose pages are not here go to away (M, 2 n_kv_heads, dim) as they are; NULL: all pages are here.
+// values whose pages are not here go to away (2, M, n_kv_heads, dim) as they are; NULL: all pages are here.
 extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cosines,
                                             const float *sines, const int *request_of, const int *slot_of, const int *position_of,
                                             const int *page_table, int max_pages, int n_rows, int n_heads, int n_kv_heads, int dim,
@@ -36,7 +36,7 @@ extern "C" __global__ void norm_rope_append(const float *qkv, const float *q_nor
     const int slot = slot_of[row] % PAGE_TOKENS, kv_head = (head - n_heads) % n_kv_heads;
     const int page = away ? 0 : page_table[(size_t)request_of[row] * max_pages + slot_of[row] / PAGE_TOKENS];
     u16 *const head_pages = pages + head_at(page, kv_head, n_kv_heads, dim);
-    float *const mine_away = away + ((size_t)row * 2 * n_kv_heads + head - n_heads) * dim;
+    float *const mine_away = away + ((size_t)(row + (head >= n_heads + n_kv_heads ? n_rows : 0)) * n_kv_heads + kv_head) * dim;
     if (head >= n_heads + n_kv_heads && away) {
         for (int i = lane; i < dim; i += WARP) mine_away[i] = x[i];
         return;

@@ -216,7 +216,7 @@ def norm_rope_append(
     away: Array = None,
 ) -> Launch:
     """qkv (M, n_heads + 2 n_kv_heads, dim) float32 -> query (M, n_heads, dim) bf16, scaled, and keys and values to their pages;
-    norms: weights (dim) of queries and keys; rotary: cosines and sines (n_positions, dim / 2). Where away (M, 2 n_kv_heads, dim)
+    norms: weights (dim) of queries and keys; rotary: cosines and sines (n_positions, dim / 2). Where away (2, M, n_kv_heads, dim)
     float32 is given, keys and values go there."""
     m, heads, dim = qkv.shape
     n_kv_heads = pages.kv.shape[1]

@@ -14,7 +14,16 @@ from specmoeoff.kernels.cuda.launches import Launch
 
 FAILURES = {1: "threads wait for ever", 2: "shared memory was overrun", 3: "no such kernel"}
 MOST_SHARED_BYTES, MOST_THREADS = 48 << 10, 1024
-FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+FLAGS = (
+    "-O1",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+)
 SOURCE = """#include "host.cuh"
 #include "{folder}/common.cuh"
 {includes}

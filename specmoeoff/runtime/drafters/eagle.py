@@ -19,8 +19,9 @@ from specmoeoff.runtime.architectures import expected_shapes, expert_tensor_name
 from specmoeoff.runtime.checkpoint import Checkpoint, to_bf16
 from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
-from specmoeoff.runtime.model import Model, Rows, array_of, make_rows
+from specmoeoff.runtime.model import Model, array_of
 from specmoeoff.runtime.pack import pack_weight
+from specmoeoff.runtime.rows import Rows, make_rows
 from specmoeoff.runtime.sequence import Sequence as TokenSequence
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.specs.model import ModelSpec

@@ -7,8 +7,9 @@ import numpy as np
 from specmoeoff.kernels.cpu import PAGE_TOKENS, Kernels
 from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
-from specmoeoff.runtime.model import Model, make_rows
+from specmoeoff.runtime.model import Model
 from specmoeoff.runtime.pack import PackedModel
+from specmoeoff.runtime.rows import make_rows
 from specmoeoff.runtime.sampling import Purpose, distribution, draw, uniforms
 from specmoeoff.runtime.sequence import Sequence as TokenSequence
 from specmoeoff.runtime.trace import Trace

@@ -243,14 +243,14 @@ def test_keys_and_values_of_pages_elsewhere_are_those_that_pages_here_get(host: 
     cache = Cache(launches.chain([3, 2], [0, 0]), 4, 2, 64, norms=True)
     query = cache.append(host)
     qkv = np.stack([cache.tokens[r][s] for r, s in zip(cache.rows.request, cache.rows.slot, strict=True)])
-    again, away = np.full_like(query, NAN), np.full((5, 4, 64), np.nan, np.float32)
+    again, away = np.full_like(query, NAN), np.full((2, 5, 2, 64), np.nan, np.float32)
     nowhere = Pages(cache.pages.kv[:0], cache.pages.table)
     host.run(launches.norm_rope_append(qkv, cache.norms, 1e-5, cache.rotary, cache.rows, nowhere, again, away))
     assert np.array_equal(again, query)
     for r, end in enumerate(cache.ends):
         keys, values = reference.unpack_pages(cache.bytes, cache.shape, cache.pages.table[r], end)
-        mine = reference.bf16_to_f64(reference.f32_to_bf16(away[cache.rows.request == r]))
-        assert np.array_equal(mine, np.concatenate([keys, values], axis=1))
+        mine = reference.bf16_to_f64(reference.f32_to_bf16(away[:, cache.rows.request == r]))
+        assert np.array_equal(mine, [keys, values])
 
 
 SHAPES = [(4, 4, 64), (9, 3, 80), (8, 1, 96), (4, 2, 112), (20, 1, 128), (2, 1, 192), (2, 2, 256)]

@@ -1,0 +1,1 @@
+"""Windows of a machine with a GPU: pipeline.py's graph, node by node on one stream a lane."""

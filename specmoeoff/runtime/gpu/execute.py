@@ -1,0 +1,116 @@
+"""Runs windows on a machine with a GPU: builds the graph as it goes, and gives every node its work."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from specmoeoff.pipeline import GpuBuilder, GpuWindow, Node
+from specmoeoff.runtime.gpu.device import Device
+from specmoeoff.runtime.gpu.head import HEAD_ROWS
+from specmoeoff.runtime.gpu.inputs import Inputs, Part
+from specmoeoff.runtime.gpu.lanes import Lanes
+from specmoeoff.runtime.gpu.model import GpuModel, Sizes
+from specmoeoff.runtime.gpu.weights import GpuWeights
+from specmoeoff.runtime.rows import Rows
+
+BUFFERED_LAYERS = 2  # while one computes the next one comes
+
+
+class Placement(NamedTuple):
+    """Experts by layer; the others are streamed: all of a layer ahead of need, or those that are used on demand."""
+
+    resident: Sequence[Sequence[int]]
+    on_host: Sequence[Sequence[int]]
+    on_demand: bool
+
+
+class Room(NamedTuple):
+    """What memory is made for. Pages count without the spare one."""
+
+    max_rows: int
+    max_requests: int
+    pages_per_request: int
+    n_near_pages: int
+    n_far_pages: int
+    n_positions: int
+
+
+class GpuExecutor:
+    """The target's part of every window. `timed`: keep when each node began and ended."""
+
+    def __init__(
+        self,
+        weights: GpuWeights,
+        device: Device,
+        placement: Placement,
+        room: Room,
+        micro_batches: int,
+        n_threads: int,
+        timed: bool = False,
+    ) -> None:
+        spec = self.spec = weights.spec
+        self._device, self._lanes = device, Lanes(device, timed)
+        self._on_demand, self._n_parts = placement.on_demand, micro_batches
+        buffers = 1 if placement.on_demand else BUFFERED_LAYERS
+        near, far = room.n_near_pages, room.n_far_pages
+        sizes = Sizes(room.max_rows, near, far, room.n_positions, micro_batches, buffers)
+        self._model = GpuModel(weights, device, n_threads, sizes, placement.resident, placement.on_host)
+        self._inputs = Inputs(device, room.max_rows, room.max_requests, room.pages_per_request, near)
+        on_host = any(len(layer) for layer in placement.on_host)
+        shape = GpuWindow(micro_batches, 0, False, on_host, placement.on_demand)
+        self._builder = GpuBuilder(shape, spec.n_layers)
+        self.nodes: list[Node] = []
+
+    def forward(self, tokens: np.ndarray, micro_batches: Sequence[Rows]) -> None:
+        """All layers over tokens (M,); enqueued, not waited for. `choose` follows, at least once where anything was chosen."""
+        if self.nodes:
+            self._lanes.synchronize(self.nodes[-1].index)  # inputs are where the last window's were
+        nodes = self.nodes = self._builder.window()
+        parts: list[Part | None] = [None] * self._n_parts
+        stream = self._lanes.streams["gpu"]
+        tokens_here, given = self._inputs.send(stream, np.asarray(tokens, np.int32), micro_batches)
+        parts[: len(given)] = given
+        self._rows = len(tokens)
+        *layers, head, verify = nodes
+        for node in layers:
+            if node.kind == "load" and self._on_demand:
+                self._load_on_demand(node, given)
+            else:
+                self._lanes.run(node, self._model.work(node, parts[node.part], tokens_here))
+
+        def add(stream: object) -> None:
+            for part in given:
+                self._model.add_host_experts(stream, self.spec.n_layers - 1, part)
+
+        self._lanes.run(head, add)
+        self._lanes.run(verify, lambda _: None)
+
+    def _load_on_demand(self, node: Node, parts: Sequence[Part]) -> None:
+        for router in node.deps:
+            self._lanes.synchronize(router)
+        chosen = np.unique(self._device.get(self._model.index_host[: self._rows]))
+        self._lanes.run(node, self._model.load_used(node, chosen))
+
+    def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
+        """The most likely next token after each of `rows` (n,) of the last pass, int32; logits (n, vocab) float32 if wanted."""
+        *_, head, verify = self.nodes
+        chosen, model = np.empty(len(rows), np.int32), self._model
+        for first in range(0, len(rows), HEAD_ROWS):
+            some = rows[first : first + HEAD_ROWS]
+            n, into = len(some), None if logits is None else logits[first : first + HEAD_ROWS]
+            self._lanes.run(head, partial(model.head.compute, rows=some))
+            self._lanes.run(verify, partial(model.head.send, n=n, logits=into is not None))
+            self._lanes.synchronize(verify.index)
+            chosen[first : first + n] = model.head.fetch(n, into)
+        return chosen
+
+    def states(self, n_rows: int) -> np.ndarray:
+        """The residual stream of the last pass, (n_rows, hidden) float32."""
+        self._lanes.synchronize(self.nodes[-1].index)
+        return self._device.get(self._model.x[:n_rows])
+
+    def drain(self) -> None:
+        """Wait for everything, the loads of the next window too."""
+        self._lanes.drain()

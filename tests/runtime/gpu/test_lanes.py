@@ -1,0 +1,92 @@
+"""The lanes on a GPU played by a CPU, against the CPU's own model: every order that events allow, and every event missed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specmoeoff.kernels.cpu import Kernels
+from specmoeoff.kernels.cuda.on_cpu import Host
+from specmoeoff.runtime.gpu.execute import GpuExecutor, Placement, Room
+from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
+from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.model import Model
+from specmoeoff.runtime.pack import pack_model
+from specmoeoff.runtime.rows import Rows, make_rows
+
+N_EXPERTS, N_LAYERS = {"mixtral": 5, "qwen3_moe": 6}, 3
+# requests by micro-batch: (new tokens, old ones, their keys and values in GPU memory)
+WINDOWS = [
+    [[(5, 0, True), (4, 0, False)], [(7, 0, False), (3, 0, True)]],
+    [[(3, 5, True), (1, 4, False)], [(4, 7, False), (4, 3, True)]],
+    [[(1, 8, True), (1, 5, False)], [(1, 11, False), (1, 7, True)]],
+]
+PLACES = {
+    "streamed": Placement(((),) * N_LAYERS, ((),) * N_LAYERS, False),
+    "everywhere": Placement(((0,), (1, 3), ()), ((2,), (0,), (4, 1)), False),
+    "on demand": Placement(((0,), (1,), ()), ((2,), (), (4,)), True),
+}
+
+
+def windows(merged: bool) -> list[tuple[np.ndarray, list[Rows]]]:
+    """Tokens and micro-batches: two or, merged, one."""
+    made = []
+    for number, window in enumerate(WINDOWS):
+        parts, first = [], 0
+        numbered = [[(*request, 2 * p + i) for i, request in enumerate(part)] for p, part in enumerate(window)]
+        for part in [[r for part in numbered for r in part]] if merged else numbered:
+            near_first = sorted(part, key=lambda r: not r[2])
+            pages = np.array([[slot + 1] for *_, slot in near_first], np.int32)
+            pages[:, 0] = [NEAR_PAGES[slot] if near else FAR_PAGES[slot] for _, _, near, slot in near_first]
+            n_near = sum(near for _, _, near, _ in near_first)
+            parts.append(make_rows(first, [r[0] for r in near_first], [r[1] for r in near_first], pages, n_near))
+            first = parts[-1].last
+        counts = [r[0] for part in window for r in part]
+        slots = [
+            int(p)
+            for rows in parts
+            for p, r in zip(rows.pages[:, 0], rows.requests, strict=True)
+            for _ in range(int(r.n_tokens))
+        ]
+        tokens = np.array([(7 * page + 13 * i + number) % 96 for i, page in enumerate(slots)], np.int32)
+        assert len(tokens) == sum(counts)
+        made.append((tokens, parts))
+    return made
+
+
+NEAR_PAGES, FAR_PAGES = {0: 1, 3: 2}, {1: 3, 2: 4}
+ROOM = Room(max_rows=24, max_requests=4, pages_per_request=1, n_near_pages=2, n_far_pages=2, n_positions=128)
+
+
+def executor(checkpoint: Path, device: RehearsalDevice, place: str, n_parts: int) -> GpuExecutor:
+    with CheckpointWeights(checkpoint) as weights:
+        return GpuExecutor(weights, device, PLACES[place], ROOM, n_parts, n_threads=1)
+
+
+def on_cpu(checkpoint: Path, merged: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Final states and tokens of every row of every window, by the CPU's kernels."""
+    packed = pack_model(checkpoint)
+    model = Model(packed, Kernels(1), n_pages=5, n_positions=128, max_rows=24)
+    experts = packed.load_experts().reshape(N_LAYERS, packed.spec.n_experts, -1)
+    found = []
+    for tokens, parts in windows(merged):
+        model.begin(tokens)
+        for layer in range(N_LAYERS):
+            for rows in parts:
+                model.attention(layer, rows)
+            slots = model.routing(len(tokens))
+            model.experts(layer, len(tokens), {e: np.ascontiguousarray(experts[layer, e]) for e in slots}, slots)
+            model.combine(len(tokens))
+        found.append((model.work.x[: len(tokens)].copy(), model.choose(np.arange(len(tokens)))))
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_the_gpus_windows_are_the_cpus(checkpoint: Path, host: Host, place: str, n_parts: int) -> None:
+    runs = executor(checkpoint, RehearsalDevice(host, seed=n_parts), place, n_parts)
+    for (tokens, parts), (states, chosen) in zip(windows(n_parts == 1), on_cpu(checkpoint, n_parts == 1), strict=True):
+        runs.forward(tokens, parts)
+        found = runs.choose(np.arange(len(tokens)))
+        assert np.abs(runs.states(len(tokens)) - states).max() < 0.02 * np.abs(states).max()
+        assert np.array_equal(found, chosen)

@@ -65,8 +65,8 @@ class GpuExecutor:
 
     def forward(self, tokens: np.ndarray, micro_batches: Sequence[Rows]) -> None:
         """All layers over tokens (M,); enqueued, not waited for. `choose` follows, at least once where anything was chosen."""
-        if self.nodes:
-            self._lanes.synchronize(self.nodes[-1].index)  # inputs are where the last window's were
+        if self.nodes:  # inputs are where the last window's were, which its first node came after
+            self._lanes.synchronize(next(node.index for node in self.nodes if node.kind == "pre_attention"))
         nodes = self.nodes = self._builder.window()
         parts: list[Part | None] = [None] * self._n_parts
         stream = self._lanes.streams["gpu"]

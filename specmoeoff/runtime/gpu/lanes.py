@@ -7,6 +7,7 @@ from specmoeoff.pipeline import Lane, Node
 from specmoeoff.runtime.gpu.device import Device, Event, Stream
 
 LANES: tuple[Lane, ...] = ("gpu", "cpu", "h2d", "d2h")
+HOST = "host"  # knows of lanes what it waited for
 KEPT_NODES = 1 << 14  # an edge reaches back one window at the most
 
 Clock = dict[str, int]  # of every lane, how many pieces of work have ended
@@ -27,7 +28,7 @@ class Lanes:
     def __init__(self, device: Device, timed: bool = False) -> None:
         self.device, self.timed = device, timed
         self.streams = {lane: device.stream() for lane in LANES}
-        self._before: dict[str, Clock] = {lane: dict.fromkeys(LANES, 0) for lane in LANES}
+        self._before: dict[str, Clock] = {lane: dict.fromkeys(LANES, 0) for lane in (*LANES, HOST)}
         self._ends: dict[tuple[str, int], End] = {}
         self._done: dict[int, Clock] = {}
         self._last: dict[int, tuple[str, int]] = {}
@@ -43,8 +44,12 @@ class Lanes:
             old.pop(node.index - KEPT_NODES, None)
 
     def synchronize(self, index: int) -> None:
-        """The host waits for a node that had work."""
-        self.device.synchronize(self._ends[self._last[index]].event)
+        """The host waits for a node that had work, unless it knows already."""
+        lane, tick = self._last[index]
+        if self._before[HOST][lane] < tick:
+            end = self._ends[lane, tick]
+            self.device.synchronize(end.event)
+            self._before[HOST] = _latest([self._before[HOST], end.clock])
 
     def drain(self) -> None:
         """The host waits for everything."""
@@ -57,6 +62,7 @@ class Lanes:
 
     def _enqueue(self, lane: Lane, need: Clock, work: Work) -> Clock:
         before, stream = self._before[lane], self.streams[lane]
+        before.update(_latest([before, self._before[HOST]]))  # what is enqueued now begins after what the host waited for
         late = [(other, tick) for other, tick in need.items() if tick > before[other]]
         for other, tick in late:
             clocks = [self._ends[end].clock for end in late if end != (other, tick)]

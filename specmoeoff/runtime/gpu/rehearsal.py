@@ -76,14 +76,15 @@ class Event(NamedTuple):
 class Memory:
     """All allocations, and who touched what last."""
 
-    def __init__(self) -> None:
+    def __init__(self, content: int) -> None:
+        self._content = content
         self._first: list[int] = []
         self._arrays: list[np.ndarray] = []
         self._accesses: list[list[Access]] = []
 
     def add(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """A new array, full of poison."""
-        array = np.full(max(16, int(np.prod(shape)) * np.dtype(dtype).itemsize) + 16, POISON, np.uint8)
+        """A new array."""
+        array = np.full(max(16, int(np.prod(shape)) * np.dtype(dtype).itemsize) + 16, self._content, np.uint8)
         offset = -array.ctypes.data % 16
         at = bisect_right(self._first, array.ctypes.data)
         self._first.insert(at, array.ctypes.data)
@@ -118,13 +119,13 @@ class Piece(NamedTuple):
 
 
 class RehearsalDevice:
-    """See Device. Without a `host` nothing is run, only checked. Every wait is numbered: `without` leaves one out."""
+    """See Device. Without a `host` nothing is run, only checked, with memory full of zeros. Waits are numbered; one can be left out."""
 
     def __init__(self, host: Host | None = None, seed: int = 0, without: int | None = None) -> None:
         self._host, self._random, self._without = host, random.Random(seed), without
         self.n_waits = 0
         self.memory_bytes = 0
-        self._memory = Memory()
+        self._memory = Memory(POISON if host else 0)
         self._clocks: dict[int, dict[int, int]] = {HOST: {HOST: 0}}
         self._pieces: dict[int, list[Piece]] = {}
         self._waits: dict[int, list[tuple[int, int]]] = {}

@@ -16,7 +16,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return build(tmp_path_factory.mktemp("host"))
 
 
-@pytest.fixture(params=["mixtral", "qwen3_moe"])
-def checkpoint(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Path:
-    changes = {"moe_intermediate_size": 64} if request.param == "qwen3_moe" else {}
-    return save_model(request.param, head_dim=64, num_attention_heads=4, **changes)
+@pytest.fixture
+def mixtral_for_gpu(save_model: Callable[..., Path]) -> Path:
+    return save_model("mixtral", head_dim=64)
+
+
+@pytest.fixture
+def qwen3_for_gpu(save_model: Callable[..., Path]) -> Path:
+    return save_model("qwen3_moe", head_dim=64, moe_intermediate_size=64)
+
+
+@pytest.fixture(params=["mixtral_for_gpu", "qwen3_for_gpu"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)

@@ -1,5 +1,6 @@
 """The lanes on a GPU played by a CPU, against the CPU's own model: every order that events allow, and every event missed."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.kernels.cuda.on_cpu import Host
+from specmoeoff.runtime.gpu import execute
 from specmoeoff.runtime.gpu.execute import GpuExecutor, Placement, Room
-from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
+from specmoeoff.runtime.gpu.rehearsal import Race, RehearsalDevice
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.model import Model
 from specmoeoff.runtime.pack import pack_model
@@ -34,7 +36,7 @@ def windows(merged: bool) -> list[tuple[np.ndarray, list[Rows]]]:
     for number, window in enumerate(WINDOWS):
         parts, first = [], 0
         numbered = [[(*request, 2 * p + i) for i, request in enumerate(part)] for p, part in enumerate(window)]
-        for part in [[r for part in numbered for r in part]] if merged else numbered:
+        for part in [[*numbered[0], *numbered[1]]] if merged else numbered:
             near_first = sorted(part, key=lambda r: not r[2])
             pages = np.array([[slot + 1] for *_, slot in near_first], np.int32)
             pages[:, 0] = [NEAR_PAGES[slot] if near else FAR_PAGES[slot] for _, _, near, slot in near_first]
@@ -58,9 +60,32 @@ NEAR_PAGES, FAR_PAGES = {0: 1, 3: 2}, {1: 3, 2: 4}
 ROOM = Room(max_rows=24, max_requests=4, pages_per_request=1, n_near_pages=2, n_far_pages=2, n_positions=128)
 
 
-def executor(checkpoint: Path, device: RehearsalDevice, place: str, n_parts: int) -> GpuExecutor:
-    with CheckpointWeights(checkpoint) as weights:
-        return GpuExecutor(weights, device, PLACES[place], ROOM, n_parts, n_threads=1)
+class Remembered(CheckpointWeights):
+    """Weights that are read once for many executors."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.dense = functools.cache(super().dense)  # type: ignore[method-assign]
+        self.host_expert = functools.cache(super().host_expert)  # type: ignore[method-assign]
+        self._packed: dict[tuple[int, int], np.ndarray] = {}
+
+    def expert(self, layer: int, expert: int, out: np.ndarray) -> None:
+        if (layer, expert) not in self._packed:
+            self._packed[layer, expert] = np.empty_like(out)
+            super().expert(layer, expert, self._packed[layer, expert])
+        out[:] = self._packed[layer, expert]
+
+
+def executor(weights: CheckpointWeights, device: RehearsalDevice, place: str, n_parts: int) -> GpuExecutor:
+    return GpuExecutor(weights, device, PLACES[place], ROOM, n_parts, n_threads=1)
+
+
+def enqueue(runs: GpuExecutor, n_parts: int) -> None:
+    """All windows; nobody asks for the tokens of the first, as where prompts are only begun."""
+    for number, (tokens, parts) in enumerate(windows(n_parts == 1)):
+        runs.forward(tokens, parts)
+        if number:
+            runs.choose(np.arange(len(tokens)))
 
 
 def on_cpu(checkpoint: Path, merged: bool) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -84,9 +109,44 @@ def on_cpu(checkpoint: Path, merged: bool) -> list[tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("n_parts", [1, 2])
 def test_the_gpus_windows_are_the_cpus(checkpoint: Path, host: Host, place: str, n_parts: int) -> None:
-    runs = executor(checkpoint, RehearsalDevice(host, seed=n_parts), place, n_parts)
+    with CheckpointWeights(checkpoint) as weights:
+        runs = executor(weights, RehearsalDevice(host, seed=n_parts), place, n_parts)
     for (tokens, parts), (states, chosen) in zip(windows(n_parts == 1), on_cpu(checkpoint, n_parts == 1), strict=True):
         runs.forward(tokens, parts)
         found = runs.choose(np.arange(len(tokens)))
         assert np.abs(runs.states(len(tokens)) - states).max() < 0.02 * np.abs(states).max()
         assert np.array_equal(found, chosen)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_no_order_that_events_allow_changes_a_bit(mixtral_for_gpu: Path, host: Host, place: str, n_parts: int) -> None:
+    found = []
+    with Remembered(mixtral_for_gpu) as weights:
+        for seed in range(3):
+            runs = executor(weights, RehearsalDevice(host, seed), place, n_parts)
+            enqueue(runs, n_parts)
+            found.append(runs.states(10))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+    assert np.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_every_wait_is_needed_and_missed(mixtral_for_gpu: Path, place: str, n_parts: int) -> None:
+    """Whichever is left out, two pieces of work touch the same memory in no order."""
+    with Remembered(mixtral_for_gpu) as weights:
+        whole = RehearsalDevice()
+        enqueue(executor(weights, whole, place, n_parts), n_parts)
+        assert whole.n_waits > 30
+        for left_out in range(whole.n_waits):
+            with pytest.raises(Race):
+                enqueue(executor(weights, RehearsalDevice(without=left_out), place, n_parts), n_parts)
+
+
+def test_a_single_buffer_for_streamed_layers_would_be_overwritten(
+    mixtral_for_gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "BUFFERED_LAYERS", 1)
+    with Remembered(mixtral_for_gpu) as weights, pytest.raises(Race, match="a copy"):
+        enqueue(executor(weights, RehearsalDevice(), "streamed", 2), 2)

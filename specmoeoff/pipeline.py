@@ -216,7 +216,7 @@ class GpuBuilder:
         self._nodes: list[Node] = []
         self._verified: tuple[int, ...] = ()
         self._loads: dict[int, list[int]] = {}  # by layer, counted through all windows
-        self._computed: dict[int, int] = {}
+        self._computed: dict[int, list[int]] = {}
         if not shape.on_demand:
             for part in range(shape.micro_batches):
                 self._load(0, part)
@@ -230,7 +230,7 @@ class GpuBuilder:
         return self._n_nodes - 1
 
     def _load(self, layer: int, part: int, *deps: int) -> None:
-        free = (self._computed[layer - 2],) if layer - 2 in self._computed else ()
+        free = self._computed.get(layer - 2, ())
         self._loads.setdefault(layer, []).append(self._add("load", "h2d", layer, part, *free, *deps))
 
     def window(self) -> list[Node]:
@@ -292,11 +292,12 @@ class GpuBuilder:
     def _experts(self, layer: int, part: int, router: int) -> list[int]:
         host = [self._host_experts(layer, part, router)] if self._shape.experts_on_host else []
         resident = self._add("resident_experts", "gpu", layer, part, router)
-        self._computed[layer] = self._add("experts", "gpu", layer, part, resident, *self._loads[layer])
-        return [self._computed[layer], *(self._add("rows_onload", "h2d", layer, part, node) for node in host)]
+        experts = self._add("experts", "gpu", layer, part, resident, *self._loads[layer])
+        self._computed.setdefault(layer, []).append(experts)
+        return [experts, *(self._add("rows_onload", "h2d", layer, part, node) for node in host)]
 
     def _on_demand(self, layer: int, attended: Sequence[Sequence[int]]) -> list[list[int]]:
         """Experts of all micro-batches after the routers of all."""
         routers = [self._route(layer, part, nodes) for part, nodes in enumerate(attended)]
-        self._load(layer, 0, routers[-1])
+        self._load(layer, 0, *routers)
         return [self._experts(layer, part, router) for part, router in enumerate(routers)]

@@ -18,6 +18,9 @@ from specmoeoff.runtime.drafters.ngram import NgramDrafter
 from specmoeoff.runtime.drafters.none import NoDrafter
 from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
+from specmoeoff.runtime.gpu.device import CupyDevice, Device
+from specmoeoff.runtime.gpu.target import GpuTarget, NoStore, near_slots
+from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.model import Model
@@ -27,7 +30,7 @@ from specmoeoff.runtime.sampling import distribution, uniforms
 from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.runtime.verify import accept, verify_sampled
-from specmoeoff.specs.plan import LengthAt, Plan, PlanDecode, PlanExperts, PlanThreads
+from specmoeoff.specs.plan import LengthAt, Plan, PlanDecode, PlanExperts, PlanGpu, PlanThreads
 from specmoeoff.specs.record import Window
 
 
@@ -45,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        target: PackedModel,
+        target: PackedModel | CheckpointWeights,
         draft: PackedModel | EagleHead | None,
         decode: PlanDecode,
         experts: PlanExperts,
@@ -53,31 +56,41 @@ class Engine:
         disk_limit_gb_per_s: float | None = None,
         n_slots: int | None = None,
         draft_lengths: Items[LengthAt] = (),
+        gpu: PlanGpu | None = None,
+        device: Device | None = None,
     ) -> None:
         spec = self.spec = target.spec
-        kernels = Kernels(threads.compute, precision=spec.precision)
-        self._pages = PageTable(decode.batch, decode.context_tokens, decode.kv_tokens)
-        n_positions = min(spec.max_positions, decode.context_tokens)
-        max_rows = max_window_rows(decode)
-        self.model = Model(target, kernels, self._pages.n_pages, n_positions, max_rows)
-        self.store = ExpertStore(
-            target.expert_path,
-            spec.n_experts,
-            target.expert_stride,
-            n_slots or experts.n_resident + experts.stream_slots,
-            threads.disk_readers,
-            threads.disk_chunk_bytes,
-            disk_limit_gb_per_s,
-            target.expert_bytes,
-            target.expert_sha256,
-            spec.n_dense_layers,
-        )
+        self._pages = PageTable(decode.batch, decode.context_tokens, decode.kv_tokens, near_slots(gpu, decode.batch))
+        max_rows = self._max_rows = max_window_rows(decode)
         self._drafters: dict[str, Drafter] = {"none": NoDrafter(), "ngram": NgramDrafter()}
-        if isinstance(draft, EagleHead):
-            self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
-        elif draft is not None:
-            self._drafters["model"] = ModelDrafter(draft, kernels, self._pages, max_rows)
-        self._executor = Executor(self.model, self.store)
+        if isinstance(target, PackedModel):
+            kernels = Kernels(threads.compute, precision=spec.precision)
+            n_positions = min(spec.max_positions, decode.context_tokens)
+            self.model = Model(target, kernels, self._pages.n_pages, n_positions, max_rows)
+            self.store = ExpertStore(
+                target.expert_path,
+                spec.n_experts,
+                target.expert_stride,
+                n_slots or experts.n_resident + experts.stream_slots,
+                threads.disk_readers,
+                threads.disk_chunk_bytes,
+                disk_limit_gb_per_s,
+                target.expert_bytes,
+                target.expert_sha256,
+                spec.n_dense_layers,
+            )
+            if isinstance(draft, EagleHead):
+                self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
+            elif draft is not None:
+                self._drafters["model"] = ModelDrafter(draft, kernels, self._pages, max_rows)
+            self._executor: Executor | GpuTarget = Executor(self.model, self.store)
+            self._choose = self.model.choose
+        else:
+            self.store = NoStore()
+            self._executor = GpuTarget(
+                target, device or CupyDevice(), decode, experts, self._pages, max_rows, threads.compute
+            )
+            self._choose = self._executor.choose
         self._free_places = list(range(decode.batch))[::-1]
         self._waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
@@ -94,12 +107,12 @@ class Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.store.quiesce()
+        self._executor.idle()
         self.store.close()
 
     def configure(self, decode: PlanDecode, experts: PlanExperts) -> None:
         """Change draft length, drafter and placement between windows; requests go on where they were."""
-        if max_window_rows(decode) > self.model.work.max_rows:
+        if max_window_rows(decode) > self._max_rows:
             raise ValueError("the new settings need a larger workspace than the engine was made with")
         if decode.drafter not in self._drafters:
             raise BadInput(
@@ -192,8 +205,7 @@ class Engine:
         proposals = dict(zip(decoding, drafted, strict=True))
         chunks = self._prefill_chunks()
         inputs = [[s.tokens[-1], *proposals[s].tokens] if s in proposals else chunks[s] for s in self.live]
-        live = [(s, tokens) for s, tokens in zip(self.live, inputs, strict=True) if tokens]
-        micro_batches = self._micro_batches(live)
+        live, micro_batches = self._micro_batches([x for x in zip(self.live, inputs, strict=True) if x[1]])
         tokens = np.concatenate([np.asarray(t, np.int32) for _, t in live])
         contexts = [s.kv_tokens for s, _ in live]
         self.last_counts = [len(t) for _, t in live]
@@ -208,7 +220,7 @@ class Engine:
         n_head = sum(map(len, wanted.values()))
         with trace.run(trace.builder.head(n_head)):
             rows = np.concatenate([np.empty(0, np.int64), *(wanted[s] for s in greedy)])
-            chosen = iter(self.model.choose(rows).tolist() if len(rows) else [])
+            chosen = iter(self._choose(rows).tolist() if len(rows) else [])
             answers = {s: [next(chosen) for _ in wanted[s]] for s in greedy}
         with trace.run(trace.builder.verify(n_head)):
             n_emitted = sum(
@@ -307,24 +319,31 @@ class Engine:
                 room -= len(chunks[sequence])
         return chunks
 
-    def _micro_batches(self, live: list[tuple[Sequence, list[int]]]) -> list[Rows]:
-        """Contiguous groups of requests with about equal rows."""
+    def _micro_batches(
+        self, live: list[tuple[Sequence, list[int]]]
+    ) -> tuple[list[tuple[Sequence, list[int]]], list[Rows]]:
+        """Groups of requests with about equal rows, in each those first whose pages are in GPU memory; and all in that order."""
         counts = np.array([len(tokens) for _, tokens in live])
         n_parts = min(self.decode.micro_batches, len(live))
         middle = (np.cumsum(counts) - counts / 2) / counts.sum()
         parts = np.minimum((middle * n_parts).astype(int), n_parts - 1)
-        batches, first = [], 0
+        batches, ordered, first = [], [], 0
         for part in np.unique(parts):
-            members = [live[i] for i in np.flatnonzero(parts == part)]
+            members = sorted((live[i] for i in np.flatnonzero(parts == part)), key=lambda x: not self._is_near(x[0]))
             rows = make_rows(
                 first,
                 [len(tokens) for _, tokens in members],
                 [s.kv_tokens for s, _ in members],
                 self._pages.table[[s.slot for s, _ in members]],
+                sum(self._is_near(s) for s, _ in members),
             )
             batches.append(rows)
+            ordered += members
             first = rows.last
-        return batches
+        return ordered, batches
+
+    def _is_near(self, sequence: Sequence) -> bool:
+        return sequence.slot < self._pages.near_slots
 
     @staticmethod
     def _head_rows(sequence: Sequence, first: int, last: int) -> np.ndarray:
@@ -350,7 +369,7 @@ class Engine:
             logits = None
             if answers is None:
                 logits = np.empty((len(rows), self.spec.vocab), np.float32)
-                answers = self.model.choose(rows, logits).tolist()
+                answers = self._choose(rows, logits).tolist()
             emitted = sequence.emit(self._verify(sequence, proposal, answers, logits), logits)
             sequence.kv_tokens = len(sequence.tokens) - 1
         self._drafter.roll_back(sequence)
@@ -381,4 +400,5 @@ def open_engine(plan: Plan, opened: Opened, disk_limit_gb_per_s: float | None = 
         plan.threads,
         disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s,
         draft_lengths=plan.outlook.draft_lengths if plan.outlook else (),
+        gpu=plan.gpu,
     )

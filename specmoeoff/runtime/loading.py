@@ -8,6 +8,8 @@ from specmoeoff.errors import AnotherModel, BadInput, MissingCapability
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
 from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head, read_eagle_spec
+from specmoeoff.runtime.gpu.device import CupyDevice
+from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.tokenizer import Tokenizer
@@ -15,14 +17,15 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import PlainPlan, Plan
 
 DEMO_DRAFT = "demo-draft"
+GPU_DRAFTERS = ("none", "ngram")
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Packed models and the tokenizer of a plan's checkpoint."""
+    """Models, the target as the plan's lanes take it, and the tokenizer of a plan's checkpoint."""
 
-    target: PackedModel
+    target: PackedModel | CheckpointWeights
     draft: PackedModel | EagleHead | None
     tokenizer: Tokenizer
 
@@ -45,10 +48,13 @@ def load_runnable(path: Path | str) -> Plan:
     """The plan of a file, or a sentence why this machine cannot run it."""
     plan = Plan.load(path)
     if plan.gpu:
-        raise MissingCapability(
-            f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}), whose lanes this version cannot run; "
-            "use it with `report` or `export`, or tune with a profile of this machine."
-        )
+        try:
+            CupyDevice()
+        except MissingCapability as error:
+            raise MissingCapability(
+                f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}): {error} Here, use it with "
+                "`report` or `export`, or tune with a profile of this machine."
+            ) from None
     return plan
 
 
@@ -59,6 +65,11 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
     draft: PackedModel | EagleHead | None = None
+    if plan.gpu and plan.decode.drafter not in GPU_DRAFTERS:
+        raise MissingCapability(
+            f"the plan drafts with {plan.decode.drafter}, which the GPU lanes cannot run yet (only "
+            f"{' and '.join(GPU_DRAFTERS)}); tune with a workload of another drafter, or `export` the plan."
+        )
     if plan.draft is not None and plan.decode.drafter == "eagle":
         draft_folder = model_folder(plan.draft.source)
         _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name, read_eagle_spec)
@@ -74,11 +85,12 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(
-        pack_model(folder, progress, plan.model.precision),
+        CheckpointWeights(folder) if plan.gpu else pack_model(folder, progress, plan.model.precision),
         draft,
         Tokenizer(folder),
     )
-    needed, available = plan.memory.rss_bytes, available_bytes()
+    needed = sum(plan.memory.host.values()) if plan.gpu else plan.memory.rss_bytes
+    available = available_bytes()
     if needed > available:
         raise MissingCapability(
             f"the plan needs {needed:,} bytes of memory, {needed - available:,} more than are free; "
@@ -106,7 +118,7 @@ def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
             all(0 <= e < spec.n_experts_of(layer) for e in numbers),
             f"experts: layer {layer} names one it does not have",
         )
-    if experts.n_resident < spec.n_all_experts:
+    if not part.gpu and experts.n_resident < spec.n_all_experts:
         fewest = DEMAND_RESERVE_SLOTS + 1
         require(experts.stream_slots >= fewest, f"experts.stream_slots must be at least {fewest}, where any are read")
 

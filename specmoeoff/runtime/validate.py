@@ -91,6 +91,10 @@ class Validator:
         requests: Sequence[Request],
         options: Options,
     ) -> None:
+        if plan.gpu:
+            raise MissingCapability(
+                "plans for a machine with a GPU cannot be validated yet; `run` them, and see `make gpu-check`."
+            )
         self.plan, self.opened, self.profile, self.workload = plan, opened, profile, workload
         self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options
         self.tuned, self.plain = tuned_part(plan), plan.plain

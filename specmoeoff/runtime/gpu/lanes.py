@@ -44,9 +44,9 @@ class Lanes:
             old.pop(node.index - KEPT_NODES, None)
 
     def synchronize(self, index: int) -> None:
-        """The host waits for a node that had work, unless it knows already."""
-        lane, tick = self._last[index]
-        if self._before[HOST][lane] < tick:
+        """The host waits for a node's work, unless there was none or it is known to be over."""
+        lane, tick = self._last.get(index, (HOST, 0))
+        if self._before[HOST].get(lane, 0) < tick:
             end = self._ends[lane, tick]
             self.device.synchronize(end.event)
             self._before[HOST] = _latest([self._before[HOST], end.clock])
@@ -62,7 +62,9 @@ class Lanes:
 
     def _enqueue(self, lane: Lane, need: Clock, work: Work) -> Clock:
         before, stream = self._before[lane], self.streams[lane]
-        before.update(_latest([before, self._before[HOST]]))  # what is enqueued now begins after what the host waited for
+        before.update(
+            _latest([before, self._before[HOST]])
+        )  # what is enqueued now begins after what the host waited for
         late = [(other, tick) for other, tick in need.items() if tick > before[other]]
         for other, tick in late:
             clocks = [self._ends[end].clock for end in late if end != (other, tick)]

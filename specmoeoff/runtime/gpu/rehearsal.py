@@ -232,9 +232,10 @@ class RehearsalDevice:
     def _add(self, stream: int, what: str, ranges: list[tuple[int, int, bool]], call: Callable[[], object]) -> None:
         clock = self._clocks[stream]
         _join(clock, self._clocks[HOST])
-        clock[stream] = clock.get(stream, 0) + 1
+        tick = clock.get(stream, 0) + 1
         for first, last, writes in ranges:
-            self._memory.touch(Access(first, last, stream, clock[stream], writes, what), clock)
+            self._memory.touch(Access(first, last, stream, tick, writes, what), clock | {stream: tick})
+        clock[stream] = tick
         if self._host:
             self._pieces[stream].append(Piece(call, tuple(self._waits[stream])))
         self._waits[stream].clear()

@@ -1,0 +1,91 @@
+"""The engine on a GPU played by a CPU says what the engine on the CPU says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specmoeoff.errors import BadInput, MissingCapability
+from specmoeoff.kernels.cuda.on_cpu import Host
+from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
+from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.loading import load_runnable, open_plan
+from specmoeoff.runtime.pack import pack_model
+from specmoeoff.runtime.sampling import GREEDY, Sampling
+from specmoeoff.runtime.sequence import Request
+from specmoeoff.specs.plan import Plan, PlanExperts, PlanGpu
+
+NOTHING: tuple[tuple[int, ...], ...] = ((),) * 3
+AHEAD = PlanExperts(
+    resident=((0,), (), (2,)),
+    prefetch=((1, 2, 3), (0, 1, 2, 3, 4), (0, 1, 3, 4)),
+    stream_slots=10,
+    on_host=((4,), (), ()),
+)
+ON_DEMAND = PlanExperts(resident=NOTHING, prefetch=NOTHING, stream_slots=5, on_host=NOTHING)
+
+
+def requests() -> list[Request]:
+    """Prompts that repeat themselves, so that n-grams are found; one samples."""
+    prompts = [[3, 9, 27, 81, 3, 9], [5, 6, 7, 5, 6, 7, 5], [11, 12], [40, 41, 42, 40]]
+    warm = Sampling(temperature=0.8, seed=5)
+    return [Request(str(i), tuple(p), 6, sampling=warm if i == 2 else GREEDY) for i, p in enumerate(prompts)]
+
+
+def outputs(engine: Engine) -> dict[str, list[int]]:
+    engine.submit(requests())
+    for _ in engine.run():
+        pass
+    return {s.request.request_id: s.output for s in engine.finished}
+
+
+@pytest.mark.parametrize(
+    ("k", "micro_batches", "kv_share", "experts"),
+    [(0, 1, 0.0, AHEAD), (3, 2, 0.5, AHEAD), (3, 3, 1.0, AHEAD), (2, 2, 0.0, ON_DEMAND), (0, 2, 0.5, ON_DEMAND)],
+)
+def test_a_gpus_engine_emits_what_the_cpus_does(
+    mixtral_for_gpu: Path,
+    plan_for: Callable[..., Plan],
+    host: Host,
+    k: int,
+    micro_batches: int,
+    kv_share: float,
+    experts: PlanExperts,
+) -> None:
+    drafter = "ngram" if k else "none"
+    plan = plan_for(
+        mixtral_for_gpu, drafter=drafter, draft_length=k, micro_batches=micro_batches, prefill_chunk_tokens=5
+    )
+    with Engine(pack_model(mixtral_for_gpu), None, plan.decode, plan.experts, plan.threads) as engine:
+        expected = outputs(engine)
+    device = RehearsalDevice(host, seed=k)
+    gpu = PlanGpu(kv_share=kv_share, draft_kv_share=0.0)
+    with (
+        CheckpointWeights(mixtral_for_gpu) as weights,
+        Engine(weights, None, plan.decode, experts, plan.threads, gpu=gpu, device=device) as engine,
+    ):
+        assert outputs(engine) == expected
+        with pytest.raises(BadInput, match="anew"):
+            engine.configure(plan.decode, plan.experts)
+
+
+def test_a_plan_for_a_gpu_says_what_this_machine_lacks(
+    mixtral_for_gpu: Path, plan_for: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan = plan_for(mixtral_for_gpu).model_copy(update={"gpu": PlanGpu(kv_share=0, draft_kv_share=0)})
+    (tmp_path / "plan.json").write_text(plan.text())
+    with pytest.raises(MissingCapability, match=r"plan\.json.*no CUDA GPU answers here.*pip install"):
+        load_runnable(tmp_path / "plan.json")
+
+
+def test_what_the_lanes_cannot_compute_is_refused(
+    save_model: Callable[..., Path], mixtral_for_gpu: Path, plan_for: Callable[..., Plan]
+) -> None:
+    with pytest.raises(MissingCapability, match="heads of 32"):
+        CheckpointWeights(save_model("mixtral"))
+    with pytest.raises(MissingCapability, match="gpt_oss models"):
+        CheckpointWeights(save_model("gpt_oss"))
+    plan = plan_for(mixtral_for_gpu, drafter="eagle").model_copy(update={"gpu": PlanGpu(kv_share=0, draft_kv_share=0)})
+    with pytest.raises(MissingCapability, match="drafts with eagle"):
+        open_plan(plan)

@@ -9,6 +9,7 @@ from statistics import fmean, median
 import numpy as np
 
 from specmoeoff import __version__
+from specmoeoff.errors import MissingCapability
 from specmoeoff.estimate.costs import Calibration, Prices
 from specmoeoff.estimate.memory import expert_stride
 from specmoeoff.estimate.predict import Forecast, forecast

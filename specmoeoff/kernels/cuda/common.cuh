@@ -33,6 +33,9 @@ extern __shared__ uint4 shared_memory[];
 
 __device__ inline float from_bf16(u16 x) { return __uint_as_float((unsigned)x << 16); }
 
+// NaN compares with nothing: lanes that look for the largest would not agree, and point out of arrays.
+__device__ inline float or_lowest(float x) { return x == x ? x : MINUS_INFINITY; }
+
 // To nearest, ties to even; NaN stays NaN.
 __device__ inline u16 to_bf16(float x)
 {

@@ -12,6 +12,7 @@ from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels.cuda import FOLDER, KERNELS
 from specmoeoff.kernels.cuda.launches import Launch
 
+LIBRARY_NAME = "on_cpu.so"
 FAILURES = {1: "threads wait for ever", 2: "shared memory was overrun", 3: "no such kernel"}
 MOST_SHARED_BYTES, MOST_THREADS = 48 << 10, 1024
 FLAGS = (
@@ -81,7 +82,7 @@ def build(folder: Path) -> Host:
         for name, kernels in KERNELS.items()
         for k in kernels
     )
-    source, library = folder / "on_cpu.cpp", folder / "on_cpu.so"
+    source, library = folder / "on_cpu.cpp", folder / LIBRARY_NAME
     source.write_text(SOURCE.format(folder=FOLDER, includes=includes, entries=entries))
     command = [compiler, *FLAGS, f"-I{FOLDER / 'shim'}", "-o", str(library), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True)

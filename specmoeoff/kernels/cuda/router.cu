@@ -13,11 +13,13 @@ extern "C" __global__ void route(const float *logits, int n_rows, int n_experts,
     for (int rank = 0; rank < n_active; rank++) {
         float best = MINUS_INFINITY;
         int at = n_experts;
-        for (int e = lane; e < n_experts; e += WARP)
-            if (!(taken >> e / WARP & 1) && (at == n_experts || mine[e] > best)) {
-                best = mine[e];
+        for (int e = lane; e < n_experts; e += WARP) {
+            const float value = or_lowest(mine[e]);
+            if (!(taken >> e / WARP & 1) && (at == n_experts || value > best)) {
+                best = value;
                 at = e;
             }
+        }
         for (int step = WARP / 2; step; step /= 2) {
             const float other = __shfl_xor_sync(ALL, best, step);
             const int other_at = __shfl_xor_sync(ALL, at, step);

@@ -47,11 +47,13 @@ __device__ Softmax softmax(const float *logits, int vocab, double temperature, i
     int *at_of = (int *)(of + WARPS);
     float most = MINUS_INFINITY;
     int at = 0x7fffffff;
-    for (int v = threadIdx.x; v < vocab; v += THREADS)
-        if (at == 0x7fffffff || logits[v] > most) {
-            most = logits[v];
+    for (int v = threadIdx.x; v < vocab; v += THREADS) {
+        const float value = or_lowest(logits[v]);
+        if (at == 0x7fffffff || value > most) {
+            most = value;
             at = v;
         }
+    }
     for (int step = WARP / 2; step; step /= 2) {
         const float other = __shfl_xor_sync(ALL, most, step);
         const int other_at = __shfl_xor_sync(ALL, at, step);

@@ -1,7 +1,9 @@
 """Runs windows on a machine with a GPU: builds the graph as it goes, and gives every node its work."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +53,7 @@ class GpuExecutor:
         timed: bool = False,
     ) -> None:
         spec = self.spec = weights.spec
-        self._device, self._lanes = device, Lanes(device, timed)
+        self._device, self.lanes = device, Lanes(device, timed)
         self._on_demand, self._n_parts = placement.on_demand, micro_batches
         buffers = 1 if placement.on_demand else BUFFERED_LAYERS
         near, far = room.n_near_pages, room.n_far_pages
@@ -59,17 +61,17 @@ class GpuExecutor:
         self._model = GpuModel(weights, device, n_threads, sizes, placement.resident, placement.on_host)
         self._inputs = Inputs(device, room.max_rows, room.max_requests, room.pages_per_request, near)
         on_host = any(len(layer) for layer in placement.on_host)
-        shape = GpuWindow(micro_batches, 0, False, on_host, placement.on_demand)
-        self._builder = GpuBuilder(shape, spec.n_layers)
+        self.shape = GpuWindow(micro_batches, 0, False, on_host, placement.on_demand)
+        self._builder = GpuBuilder(self.shape, spec.n_layers)
         self.nodes: list[Node] = []
 
     def forward(self, tokens: np.ndarray, micro_batches: Sequence[Rows]) -> None:
         """All layers over tokens (M,); enqueued, not waited for. `choose` follows, at least once where anything was chosen."""
         if self.nodes:  # inputs are where the last window's were, which its first node came after
-            self._lanes.synchronize(next(node.index for node in self.nodes if node.kind == "pre_attention"))
+            self.lanes.synchronize(next(node.index for node in self.nodes if node.kind == "pre_attention"))
         nodes = self.nodes = self._builder.window()
         parts: list[Part | None] = [None] * self._n_parts
-        stream = self._lanes.streams["gpu"]
+        stream = self.lanes.streams["gpu"]
         tokens_here, given = self._inputs.send(stream, np.asarray(tokens, np.int32), micro_batches)
         parts[: len(given)] = given
         self._rows = len(tokens)
@@ -78,20 +80,20 @@ class GpuExecutor:
             if node.kind == "load" and self._on_demand:
                 self._load_on_demand(node, given)
             else:
-                self._lanes.run(node, self._model.work(node, parts[node.part], tokens_here))
+                self.lanes.run(node, self._model.work(node, parts[node.part], tokens_here))
 
         def add(stream: object) -> None:
             for part in given:
                 self._model.add_host_experts(stream, self.spec.n_layers - 1, part)
 
-        self._lanes.run(head, add)
-        self._lanes.run(verify, lambda _: None)
+        self.lanes.run(head, add)
+        self.lanes.run(verify, lambda _: None)
 
     def _load_on_demand(self, node: Node, parts: Sequence[Part]) -> None:
         for router in node.deps:
-            self._lanes.synchronize(router)
+            self.lanes.synchronize(router)
         chosen = np.unique(self._device.get(self._model.index_host[: self._rows]))
-        self._lanes.run(node, self._model.load_used(node, chosen))
+        self.lanes.run(node, self._model.load_used(node, chosen))
 
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """The most likely next token after each of `rows` (n,) of the last pass, int32; logits (n, vocab) float32 if wanted."""
@@ -100,17 +102,21 @@ class GpuExecutor:
         for first in range(0, len(rows), HEAD_ROWS):
             some = rows[first : first + HEAD_ROWS]
             n, into = len(some), None if logits is None else logits[first : first + HEAD_ROWS]
-            self._lanes.run(head, partial(model.head.compute, rows=some))
-            self._lanes.run(verify, partial(model.head.send, n=n, logits=into is not None))
-            self._lanes.synchronize(verify.index)
+            self.lanes.run(head, partial(model.head.compute, rows=some))
+            self.lanes.run(verify, partial(model.head.send, n=n, logits=into is not None))
+            self.lanes.synchronize(verify.index)
             chosen[first : first + n] = model.head.fetch(n, into)
         return chosen
 
     def states(self, n_rows: int) -> np.ndarray:
         """The residual stream of the last pass, (n_rows, hidden) float32."""
-        self._lanes.synchronize(self.nodes[-1].index)
+        self.lanes.synchronize(self.nodes[-1].index)
         return self._device.get(self._model.x[:n_rows])
 
-    def drain(self) -> None:
-        """Wait for everything, the loads of the next window too."""
-        self._lanes.drain()
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Mean over the nodes of each kind of the last window, once everything is over; only where it was `timed`."""
+        self.lanes.drain()
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for node in self.nodes:
+            found[node.kind].append(self.lanes.seconds(node))
+        return {kind: fmean(seconds) for kind, seconds in found.items()}

@@ -27,6 +27,7 @@ class Lanes:
 
     def __init__(self, device: Device, timed: bool = False) -> None:
         self.device, self.timed = device, timed
+        self.alone = False  # every node begins when all others are over, so that its time is its own
         self.streams = {lane: device.stream() for lane in LANES}
         self._before: dict[str, Clock] = {lane: dict.fromkeys(LANES, 0) for lane in (*LANES, HOST)}
         self._ends: dict[tuple[str, int], End] = {}
@@ -39,6 +40,8 @@ class Lanes:
         if work is not None:
             need = self._enqueue(node.lane, need, work)
             self._last[node.index] = node.lane, need[node.lane]
+            if self.alone:
+                self.drain()
         self._done[node.index] = need
         for old in (self._done, self._last):
             old.pop(node.index - KEPT_NODES, None)
@@ -56,9 +59,12 @@ class Lanes:
         for stream in self.streams.values():
             self.device.synchronize(self.device.record(stream))
 
-    def end_of(self, node: Node) -> End | None:
-        """None: it had no work."""
-        return self._ends[self._last[node.index]] if node.index in self._last else None
+    def seconds(self, node: Node) -> float:
+        """Of a node that is over, where lanes are timed; 0 without work."""
+        if node.index not in self._last:
+            return 0.0
+        end = self._ends[self._last[node.index]]
+        return self.device.seconds(end.start, end.event)
 
     def _enqueue(self, lane: Lane, need: Clock, work: Work) -> Clock:
         before, stream = self._before[lane], self.streams[lane]

@@ -19,11 +19,16 @@ from specmoeoff.kernels.cuda.launches import Launch
 from specmoeoff.kernels.cuda.on_cpu import Host
 
 HOST = -1
+MARGIN, MARGIN_BYTES = 0xA5, 256
 POISON = 0xFF  # NaN in every floating type, and no sensible number
 
 
 class Race(AssertionError):
     """Two pieces of work touch the same bytes and nothing orders them."""
+
+
+class Overrun(AssertionError):
+    """Memory that nobody asked for was written."""
 
 
 class Parameter(NamedTuple):
@@ -81,16 +86,24 @@ class Memory:
         self._first: list[int] = []
         self._arrays: list[np.ndarray] = []
         self._accesses: list[list[Access]] = []
+        self._margins: list[np.ndarray] = []
+
+    def check(self, what: str) -> None:
+        """Raises Overrun where something was written past an array's end."""
+        if any((margin != MARGIN).any() for margin in self._margins):
+            raise Overrun(f"{what} wrote past the end of an array")
 
     def add(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """A new array."""
-        array = np.full(max(16, int(np.prod(shape)) * np.dtype(dtype).itemsize) + 16, self._content, np.uint8)
+        """A new array, with a margin that must stay as it is."""
+        n = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        array = np.full(n + 2 * MARGIN_BYTES, self._content, np.uint8)
         offset = -array.ctypes.data % 16
+        array[offset + n :] = MARGIN
+        self._margins.append(array[offset + n :])
         at = bisect_right(self._first, array.ctypes.data)
         self._first.insert(at, array.ctypes.data)
         self._arrays.insert(at, array)
         self._accesses.insert(at, [])
-        n = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return array[offset : offset + n].view(dtype).reshape(shape)
 
     def touch(self, new: Access, clock: dict[int, int]) -> None:
@@ -114,7 +127,8 @@ class Memory:
 class Piece(NamedTuple):
     """Work on a stream, and what it waits for: the n-th pieces of streams."""
 
-    call: Callable[[], None]
+    what: str
+    call: Callable[[], object]
     after: tuple[tuple[int, int], ...]
 
 
@@ -237,7 +251,7 @@ class RehearsalDevice:
             self._memory.touch(Access(first, last, stream, tick, writes, what), clock | {stream: tick})
         clock[stream] = tick
         if self._host:
-            self._pieces[stream].append(Piece(call, tuple(self._waits[stream])))
+            self._pieces[stream].append(Piece(what, call, tuple(self._waits[stream])))
         self._waits[stream].clear()
 
     def _run_until(self, stream: int, tick: int) -> None:
@@ -249,7 +263,9 @@ class RehearsalDevice:
                 if self._ran[s] < len(pieces) and all(self._ran[o] >= t for o, t in pieces[self._ran[s]].after)
             ]
             chosen = self._random.choice(ready)
-            self._pieces[chosen][self._ran[chosen]].call()
+            piece = self._pieces[chosen][self._ran[chosen]]
+            piece.call()
+            self._memory.check(piece.what)
             self._pieces[chosen][self._ran[chosen]] = None  # type: ignore[call-overload]
             self._ran[chosen] += 1
 

@@ -68,7 +68,7 @@ class GpuTarget:
 
     def idle(self) -> None:
         """See Executor."""
-        self._runs.drain()
+        self._runs.lanes.drain()
 
     def read_ahead(self, window: int) -> None:
         """See Executor: the graph does it."""

@@ -139,6 +139,17 @@ def test_the_router_takes_the_largest_and_the_lowest_of_equals(
     close(weight, exact[1], 2.0**-20)
 
 
+def test_rows_of_nan_choose_something_that_exists(host: Host) -> None:
+    logits = np.full((3, 40), np.nan, np.float32)
+    logits[0, 7] = 1
+    index, weight = np.full((3, 4), -1, np.int32), np.zeros((3, 4), np.float32)
+    host.run(launches.route(logits, 40, index, weight))
+    assert index.tolist() == [[7, 0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    case = Drafts([1, 1], 40, 0.0, True)
+    case.logits[:] = np.nan
+    assert case.run(host).tolist() == [[case.drafted[0] == 0, 0], [case.drafted[2] == 0, 0]]
+
+
 @pytest.mark.parametrize(("n_slots", "n_experts"), [(1, 3), (256, 5), (257, 128), (700, 2)])
 def test_token_lists_are_a_stable_sort(host: Host, n_slots: int, n_experts: int) -> None:
     index = np.random.default_rng(n_slots).integers(0, n_experts, n_slots).astype(np.int32)

@@ -1,0 +1,384 @@
+"""The parts of tools/gpu_check.py. Each yields rows as it finds them, so that one that is cut short has told what it knew."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from gpu_synthetic import RandomWeights, Synthetic, shape
+
+from specmoeoff.estimate.lanes import steady_window_s
+from specmoeoff.estimate.speculation import expected_tokens
+from specmoeoff.kernels.cuda import launches
+from specmoeoff.runtime.gpu.device import CupyDevice, Device
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+GPU_MEMORY_BYTES = 24 * GIB
+EAGLE = (
+    0.67,
+    0.62,
+    0.61,
+    0.64,
+    0.63,
+    0.63,
+    0.63,
+    0.63,
+)  # by position; beyond the fifth the fifth's, which nobody measured
+ACCEPTANCE = {"EAGLE on Mixtral": EAGLE, "0.8 everywhere": (0.8,) * 8}
+PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "numpy", "transformers", "accelerate", "pydantic", "pytest")
+
+
+class Row(NamedTuple):
+    """One number. `note`: what it is not, where a reader might think so."""
+
+    name: str
+    value: float | str | None
+    unit: str = ""
+    note: str = ""
+
+
+class Setting(NamedTuple):
+    """Where the check runs. Rehearsed: on a GPU played by a CPU, tiny, and no time means anything."""
+
+    device: Device
+    rehearsed: bool
+    seconds: float  # the section's budget
+    library: Path  # the kernels for a CPU
+
+    @property
+    def torch_device(self) -> str:
+        return "cpu" if self.rehearsed else "cuda"
+
+
+Rows = Iterator[Row]
+
+
+def make_device(rehearse: bool, library: Path) -> Device:
+    """The GPU, or a CPU that plays one by the kernels compiled into a library, now or before."""
+    if not rehearse:
+        return CupyDevice()
+    from specmoeoff.kernels.cuda.on_cpu import Host, build
+    from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
+
+    return RehearsalDevice(Host(library) if library.exists() else build(library.parent))
+
+
+def machine(setting: Setting) -> Rows:
+    """What is measured on."""
+    yield Row("processor", platform.processor() or platform.machine())
+    yield Row("cores", os.cpu_count())
+    yield Row("RAM", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "GiB")
+    for package in PACKAGES:
+        try:
+            yield Row(package, version(package))
+        except PackageNotFoundError:
+            yield Row(package, None, note="not installed")
+    if not setting.rehearsed:
+        fields = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+        yield from (Row(f"GPU {field}", value) for field, value in zip(fields.split(","), values, strict=True))
+
+
+def tests(setting: Setting) -> Rows:
+    """Those that need a GPU."""
+    missing = [name for name in ("pytest", "pydantic", "scipy", "pytest_timeout") if find_spec(name) is None]
+    if missing or setting.rehearsed:
+        yield Row(
+            "pytest -m gpu",
+            None,
+            note=f"not run: {'rehearsal' if setting.rehearsed else ', '.join(missing) + ' missing'}",
+        )
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/cuda", "tests/runtime/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=setting.seconds)
+    yield Row("pytest -m gpu", done.stdout.strip().splitlines()[-1], note=f"exit status {done.returncode}")
+    if done.returncode:
+        raise AssertionError(done.stdout[-4000:])
+
+
+def exactness(setting: Setting) -> Rows:
+    """All kernels together, on a tiny model: against the same windows on a GPU played by a CPU, and against themselves."""
+    played = make_device(True, setting.library)
+    for near in (False, True):
+        here, there, split = (
+            Synthetic(device, shape("tiny", 3), 4, 5, 3, parts=parts, near=near, prefill=True)
+            for device, parts in ((setting.device, 2), (played, 2), (setting.device, 1))
+        )
+        where = f"attention on the {'GPU' if near else 'CPU'}"
+        for k in (0, 3):
+            tokens, n = here.window(k), 4 * (k + 1)
+            there.window(k), split.window(k)
+            mine, its, other = (s.runs.states(n) for s in (here, there, split))
+            difference = float(np.abs(mine - its).max() / np.abs(its).max())
+            yield Row(f"{where}, k = {k}: largest difference of states", difference, "of the largest state")
+            if not difference < 0.02:
+                raise AssertionError(f"{where}: the GPU computes something else ({difference})")
+            if not (np.array_equal(mine, other) and np.array_equal(here.window(k), tokens)):
+                raise AssertionError(f"{where}: a row's bits depend on its micro-batch, or on when it is computed")
+        yield Row(f"{where}: bits in one and in two micro-batches", "equal")
+
+
+def seconds_each(device: Device, stream: Any, call: Callable[[], None], budget_s: float = 0.2) -> float:
+    """Median of five runs of many calls, by the GPU's clock."""
+
+    def run(n: int) -> float:
+        start = device.record(stream)
+        for _ in range(n):
+            call()
+        end = device.record(stream)
+        device.synchronize(end)
+        return device.seconds(start, end) / n
+
+    run(1)
+    n = min(200, max(1, int(budget_s / 5 / max(run(1), 1e-6))))
+    return median(run(n if budget_s > 0 else 1) for _ in range(5 if budget_s > 0 else 1))
+
+
+def link(setting: Setting) -> Rows:
+    """Pinned copies by size, each way, alone and while the other way is busy."""
+    device, streams = setting.device, [setting.device.stream() for _ in range(2)]
+    sizes = [1 << 12, 1 << 16] if setting.rehearsed else [1 << p for p in range(12, 31, 2)]
+    host, here = (make((2, sizes[-1]), np.uint8) for make in (device.pinned, device.empty))
+    for size in sizes:
+        ways = {"h2d": (here[0, :size], host[0, :size]), "d2h": (host[1, :size], here[1, :size])}
+        for (way, pair), other in product(ways.items(), (False, True)):
+            against = ways["d2h" if way == "h2d" else "h2d"]
+
+            def call(pair: Any = pair, other: bool = other, against: Any = against) -> None:
+                if other:
+                    device.copy(streams[1], *against)
+                device.copy(streams[0], *pair)
+
+            rate = size / seconds_each(device, streams[0], call, 0 if setting.rehearsed else 0.1) / 1e9
+            device.synchronize(device.record(streams[1]))
+            yield Row(f"{way} {size} bytes{', other way busy' if other else ''}", rate, "GB/s")
+
+
+def roofs(setting: Setting) -> Rows:
+    """Matrix products and memory, by torch (cuBLAS on a GPU)."""
+    import torch
+
+    n, n_bytes = (64, 1 << 12) if setting.rehearsed else (8192, 1 << 30)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for name, dtype in types.items():
+        a, b = (torch.randn(n, n, device=setting.torch_device).to(dtype) for _ in range(2))
+        seconds = torch_seconds(lambda a=a, b=b: torch.mm(a, b), setting)
+        yield Row(f"{name} product of {n}", 2 * n**3 / seconds / 1e12, "TFLOP/s")
+    a, b = (torch.ones(n_bytes // 4, device=setting.torch_device) for _ in range(2))
+    yield Row("memory copy, both ways counted", 2 * n_bytes / torch_seconds(lambda: b.copy_(a), setting) / 1e9, "GB/s")
+
+
+def torch_seconds(call: Callable[[], Any], setting: Setting) -> float:
+    """Median of nine runs of several calls."""
+    import torch
+
+    wait = torch.cuda.synchronize if not setting.rehearsed else lambda: None
+    n, times = (1 if setting.rehearsed else 10), []
+    for _ in range(10):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(n):
+            call()
+        wait()
+        times.append((time.perf_counter() - begin) / n)
+    return median(times[1:])
+
+
+def kernels(setting: Setting) -> Rows:
+    """The expert feed-forward by tokens per expert: its rate, and the time of the same products by torch over its own."""
+    import torch
+
+    device, stream = setting.device, setting.device.stream()
+    names = ["tiny"] if setting.rehearsed else ["mixtral-8x7b", "qwen3-30b-a3b"]
+    for name in names:
+        spec = shape(name, 2)
+        hidden, intermediate, weights = spec.hidden, spec.intermediate, RandomWeights(spec)
+        # enough of them that no cache holds all
+        n_experts = 2 if setting.rehearsed else max(4, -(-(1 << 29) // (6 * hidden * intermediate)))
+        packed = device.empty((n_experts, 3 * hidden * intermediate), np.uint16)
+        one = np.empty(3 * hidden * intermediate, np.uint16)
+        for expert in range(n_experts):
+            weights.expert(0, expert, one)
+            device.put(packed[expert], one)
+        table = device.empty((n_experts,), np.uint64)
+        device.put(table, np.array([device.address(packed[e]) for e in range(n_experts)], np.uint64))
+        matrices = [
+            torch.randn(n_experts, *size, device=setting.torch_device).to(torch.bfloat16)
+            for size in ((hidden, 2 * intermediate), (intermediate, hidden))
+        ]
+        for tokens in (1, 4) if setting.rehearsed else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+            m = tokens * n_experts
+            x, out = device.empty((m, hidden), np.uint16), device.empty((m, hidden), np.float32)
+            between = device.empty((m, intermediate), np.uint16)
+            device.put(x, np.resize(one, (m, hidden)))
+            start, slots = device.empty((n_experts + 1,), np.int32), device.empty((m,), np.int32)
+            device.put(start, np.arange(n_experts + 1, dtype=np.int32) * tokens)
+            device.put(slots, np.arange(m, dtype=np.int32))
+            made = launches.experts(x, table, start, slots, tokens, between, out)
+
+            def call(made: Any = made) -> None:
+                for launch in made:
+                    device.launch(stream, launch)
+
+            ours = seconds_each(device, stream, call, 0 if setting.rehearsed else 0.1)
+            rows = torch.randn(n_experts, tokens, hidden, device=setting.torch_device).to(torch.bfloat16)
+
+            def peers(rows: Any = rows, matrices: Any = matrices) -> Any:
+                gate, up = torch.bmm(rows, matrices[0]).chunk(2, dim=-1)
+                return torch.bmm(torch.nn.functional.silu(gate) * up, matrices[1])
+
+            theirs = torch_seconds(peers, setting)
+            what = f"{name} experts, {tokens} tokens each"
+            yield Row(f"{what}: weights", packed.nbytes / ours / 1e9, "GB/s")
+            yield Row(f"{what}: products", 6 * m * hidden * intermediate / ours / 1e12, "TFLOP/s")
+            yield Row(f"{what}: torch's time over ours", theirs / ours, "x")
+        del packed, matrices
+
+
+def mixtral(setting: Setting) -> Rows:
+    """Four of Mixtral-8x7B's layers."""
+    yield from windows(setting, "mixtral-8x7b", 4, 512, 1024, n_all_layers=32)
+
+
+def qwen3(setting: Setting) -> Rows:
+    """Six of Qwen3-30B-A3B's layers."""
+    yield from windows(setting, "qwen3-30b-a3b", 6, 512, 1024, n_all_layers=48)
+
+
+def windows(setting: Setting, name: str, n_layers: int, batch: int, context: int, n_all_layers: int) -> Rows:
+    """Windows of k = 0 and k = 1..8: measured, predicted from each operator's time alone, and bounded by the nodes' own times."""
+    begin, longest = time.perf_counter(), 8
+    if setting.rehearsed:
+        name, n_layers, batch, context, longest = "tiny", 2, 4, 20, 1
+    spec = shape(name, n_layers)
+    limit_memory(setting)
+    n_threads = len(os.sched_getaffinity(0))
+    synthetic = Synthetic(setting.device, spec, batch, context, longest, n_threads=n_threads)
+    runs = synthetic.runs
+    yield Row("layers", n_layers, note=f"of {n_all_layers}; random weights")
+    yield Row("live requests", batch, note=f"each with {context} tokens, attention on {n_threads} cores")
+    yield Row("peak GPU memory", peak_gib(setting), "GiB", note=f"limit {GPU_MEMORY_BYTES / GIB:g} GiB")
+    plain_s = 0.0
+    for k in (0, 5, 3, 8, 1, 2, 4, 6, 7) if longest > 1 else (0, 1):
+        if time.perf_counter() - begin > 0.9 * setting.seconds:
+            yield Row(f"k = {k}", None, note="not measured: the section's time was up")
+            continue
+        runs.lanes.alone = True
+        synthetic.window(k)
+        alone = runs.seconds_by_kind()
+        runs.lanes.alone = False
+        times = []
+        for _ in range(2 if setting.rehearsed else 6):
+            start = time.perf_counter()
+            synthetic.window(k)
+            times.append(time.perf_counter() - start)
+        together = runs.seconds_by_kind()
+        window_s = median(times[1:])
+        plain_s = plain_s or window_s
+        predicted, bound = (period(runs, kinds) for kinds in (alone, together))
+        yield Row(f"k = {k}: window", window_s, "s")
+        yield Row(f"k = {k}: period of its measured nodes", bound, "s")
+        yield Row(f"k = {k}: window over that period", window_s / bound, "x")
+        yield Row(f"k = {k}: predicted from nodes alone, over measured", predicted / window_s, "x")
+        for kind in alone:
+            yield Row(f"k = {k}: {kind}, alone", alone[kind], "s", note="mean of the window's nodes of that kind")
+            yield Row(f"k = {k}: {kind}, beside the others", together[kind], "s")
+        for label, rates in ACCEPTANCE.items():
+            tokens = expected_tokens(rates, k)
+            note = f"acceptance imposed ({label}), not measured; drafting itself is not run; {n_layers} of {n_all_layers} layers"
+            yield Row(f"k = {k}: tokens per second, {label}", batch * tokens / window_s, "tokens/s", note)
+            yield Row(f"k = {k}: over k = 0, {label}", tokens * plain_s / window_s, "x", note)
+
+
+def period(runs: Any, seconds: dict[str, float]) -> float:
+    """Of steady windows whose nodes take so long."""
+    prices = {kind: np.array([s]) for kind, s in seconds.items()}
+    return float(steady_window_s(runs.shape, runs.spec.n_layers, prices)[0])
+
+
+def limit_memory(setting: Setting) -> None:
+    """As if the GPU had no more."""
+    if not setting.rehearsed:
+        import cupy
+
+        cupy.get_default_memory_pool().set_limit(size=GPU_MEMORY_BYTES)
+
+
+def peak_gib(setting: Setting) -> float:
+    """Of GPU memory taken so far."""
+    if setting.rehearsed:
+        return getattr(setting.device, "memory_bytes", 0) / GIB
+    import cupy
+
+    return cupy.get_default_memory_pool().total_bytes() / GIB
+
+
+def accelerate(setting: Setting) -> Rows:
+    """The same shape, two layers, under Hugging Face accelerate's offload, at ever larger batches until memory or time is up."""
+    import torch
+    from accelerate import cpu_offload
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    spec = shape("tiny" if setting.rehearsed else "mixtral-8x7b", 2)
+    context, begin = (20 if setting.rehearsed else 1024), time.perf_counter()
+    config = MixtralConfig(
+        vocab_size=spec.vocab,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        num_local_experts=spec.n_experts,
+        num_experts_per_tok=spec.n_active,
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[:] = 0.01
+    if not setting.rehearsed:
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, GPU_MEMORY_BYTES / torch.cuda.get_device_properties(0).total_memory)
+        )
+    model = cpu_offload(model.eval(), execution_device=torch.device(setting.torch_device))
+    batch = 4
+    while time.perf_counter() - begin < 0.6 * setting.seconds and batch <= (4 if setting.rehearsed else 1024):
+        try:
+            tokens = torch.ones(batch, context, dtype=torch.long, device=setting.torch_device)
+            with torch.no_grad():
+                cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+                start = time.perf_counter()
+                model(tokens[:, :1], past_key_values=cache, use_cache=True).logits.float().cpu()
+                seconds = time.perf_counter() - start
+        except torch.cuda.OutOfMemoryError:
+            yield Row(f"batch {batch}", None, note="out of memory")
+            return
+        note = f"decoding after {context} tokens; 2 of 32 layers, KV in GPU memory"
+        yield Row(f"batch {batch}: tokens per second", batch / seconds, "tokens/s", note)
+        batch *= 2
+
+
+SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seconds of 9 minutes
+    "machine": (machine, 10),
+    "exactness": (exactness, 45),
+    "tests": (tests, 60),
+    "link": (link, 30),
+    "roofs": (roofs, 20),
+    "kernels": (kernels, 60),
+    "mixtral": (mixtral, 130),
+    "qwen3": (qwen3, 90),
+    "accelerate": (accelerate, 60),
+}

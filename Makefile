@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint sanitize bench soak build clean
+.PHONY: demo test lint sanitize bench soak gpu-check build clean
 
 demo: $(VENV)/installed
 	$(BIN)/specmoeoff auto --model demo
@@ -35,6 +35,12 @@ bench: $(VENV)/developing
 soak: $(VENV)/developing
 	$(BIN)/python tests/kernels/soak.py --cases 1000000
 	SPECMOEOFF_EXAMPLES=3000 $(BIN)/pytest tests/kernels tests/estimate --timeout 7200
+
+# On a machine with a GPU, under nine minutes; with PYTHON's own torch, CuPy and NumPy, so that nothing is installed.
+gpu-check:
+	cmake -S . -B build/gpu-check -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/gpu-check --parallel
+	PYTHONPATH=$(CURDIR) SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/gpu-check/libspecmoeoff_cpu.so $(PYTHON) tools/gpu_check.py $(REHEARSE)
 
 # After a change of C code.
 build: $(VENV)/installed

@@ -50,13 +50,14 @@ def run_section(name: str, rehearse: bool, out: Path) -> None:
 def supervise(name: str, rehearse: bool, out: Path) -> dict[str, Any]:
     """A section in its own process, for no longer than its time."""
     command = [sys.executable, __file__, "--section", name, "--out", str(out), *(["--rehearse"] if rehearse else [])]
+    path = out / f"{name}.json"
+    path.unlink(missing_ok=True)
     begin = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECTIONS[name][1] + GRACE_S)
         ended = done.stderr[-2000:] if done.returncode else ""
     except subprocess.TimeoutExpired:
         ended = "its time was up"
-    path = out / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"status": "failed", "rows": []}
     if ended:
         found["error"] = ended

@@ -90,7 +90,7 @@ class GpuExecutor:
         self.lanes.run(verify, lambda _: None)
 
     def _load_on_demand(self, node: Node, parts: Sequence[Part]) -> None:
-        for router in node.deps:
+        for router in reversed(node.deps):  # the last one's end tells of the others
             self.lanes.synchronize(router)
         chosen = np.unique(self._device.get(self._model.index_host[: self._rows]))
         self.lanes.run(node, self._model.load_used(node, chosen))

@@ -222,7 +222,7 @@ class RehearsalDevice:
             if parameter.writes and argument.nbytes:
                 ranges.append((*_range(argument), True))
             if parameter.addresses:
-                ranges += [(int(a), int(a) + _weight_bytes(launch), False) for a in argument if a]
+                ranges += [(int(a), int(a) + weight_bytes(launch), False) for a in argument if a]
         self._add(stream, f"kernel {launch.kernel}", ranges, lambda: self._host and self._host.run(launch))
 
     def host(
@@ -279,7 +279,7 @@ def _range(array: np.ndarray) -> tuple[int, int]:
     return array.ctypes.data, array.ctypes.data + array.nbytes
 
 
-def _weight_bytes(launch: Launch) -> int:
+def weight_bytes(launch: Launch) -> int:
     """From a group's address on: of gate_up the expert's first two matrices, of linear all up to its own."""
     numbers = [int(a) for a in launch.arguments if isinstance(a, (np.int32, np.int64))]
     if launch.kernel.startswith("gate_up"):

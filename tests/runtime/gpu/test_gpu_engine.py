@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from specmoeoff.errors import BadInput, MissingCapability
-from specmoeoff.kernels.cuda.on_cpu import Host
 from specmoeoff.runtime.engine import Engine
-from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
+from specmoeoff.runtime.gpu.device import Device
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.loading import load_runnable, open_plan
 from specmoeoff.runtime.pack import pack_model
@@ -47,7 +46,7 @@ def outputs(engine: Engine) -> dict[str, list[int]]:
 def test_a_gpus_engine_emits_what_the_cpus_does(
     mixtral_for_gpu: Path,
     plan_for: Callable[..., Plan],
-    host: Host,
+    make_device: Callable[[int], Device],
     k: int,
     micro_batches: int,
     kv_share: float,
@@ -59,7 +58,7 @@ def test_a_gpus_engine_emits_what_the_cpus_does(
     )
     with Engine(pack_model(mixtral_for_gpu), None, plan.decode, plan.experts, plan.threads) as engine:
         expected = outputs(engine)
-    device = RehearsalDevice(host, seed=k)
+    device = make_device(k)
     gpu = PlanGpu(kv_share=kv_share, draft_kv_share=0.0)
     with (
         CheckpointWeights(mixtral_for_gpu) as weights,

@@ -1,14 +1,15 @@
 """The lanes on a GPU played by a CPU, against the CPU's own model: every order that events allow, and every event missed."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from specmoeoff.kernels.cpu import Kernels
-from specmoeoff.kernels.cuda.on_cpu import Host
 from specmoeoff.runtime.gpu import execute
+from specmoeoff.runtime.gpu.device import Device
 from specmoeoff.runtime.gpu.execute import GpuExecutor, Placement, Room
 from specmoeoff.runtime.gpu.rehearsal import Race, RehearsalDevice
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
@@ -76,7 +77,7 @@ class Remembered(CheckpointWeights):
         out[:] = self._packed[layer, expert]
 
 
-def executor(weights: CheckpointWeights, device: RehearsalDevice, place: str, n_parts: int) -> GpuExecutor:
+def executor(weights: CheckpointWeights, device: Device, place: str, n_parts: int) -> GpuExecutor:
     return GpuExecutor(weights, device, PLACES[place], ROOM, n_parts, n_threads=1)
 
 
@@ -108,9 +109,11 @@ def on_cpu(checkpoint: Path, merged: bool) -> list[tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("n_parts", [1, 2])
-def test_the_gpus_windows_are_the_cpus(checkpoint: Path, host: Host, place: str, n_parts: int) -> None:
+def test_the_gpus_windows_are_the_cpus(
+    checkpoint: Path, make_device: Callable[[int], Device], place: str, n_parts: int
+) -> None:
     with CheckpointWeights(checkpoint) as weights:
-        runs = executor(weights, RehearsalDevice(host, seed=n_parts), place, n_parts)
+        runs = executor(weights, make_device(n_parts), place, n_parts)
     for (tokens, parts), (states, chosen) in zip(windows(n_parts == 1), on_cpu(checkpoint, n_parts == 1), strict=True):
         runs.forward(tokens, parts)
         found = runs.choose(np.arange(len(tokens)))
@@ -120,11 +123,13 @@ def test_the_gpus_windows_are_the_cpus(checkpoint: Path, host: Host, place: str,
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("n_parts", [1, 2])
-def test_no_order_that_events_allow_changes_a_bit(mixtral_for_gpu: Path, host: Host, place: str, n_parts: int) -> None:
+def test_no_order_that_events_allow_changes_a_bit(
+    mixtral_for_gpu: Path, make_device: Callable[[int], Device], place: str, n_parts: int
+) -> None:
     found = []
     with Remembered(mixtral_for_gpu) as weights:
         for seed in range(3):
-            runs = executor(weights, RehearsalDevice(host, seed), place, n_parts)
+            runs = executor(weights, make_device(seed), place, n_parts)
             enqueue(runs, n_parts)
             found.append(runs.states(10))
     assert all(np.array_equal(found[0], other) for other in found[1:])

@@ -76,7 +76,7 @@ def examine() -> list[Finding]:
             "GPU",
             "ok" if me.gpu else "missing",
             me.gpu or "no NVIDIA driver found",
-            "" if me.gpu else "not needed: experts are streamed from disk into memory",
+            "" if me.gpu else "not needed: experts are streamed from disk; plans for a GPU run where a driver and CuPy are",
         ),
     ]
     findings.append(
@@ -85,5 +85,7 @@ def examine() -> list[Finding]:
         )
     )
     if me.gpu:
-        findings.append(_package("CuPy", "cupy", "GPU kernels", "pip install 'specmoeoff[cuda13]'"))
+        remedy = "pip install 'specmoeoff[cuda12]', or cuda13"
+        findings.append(_package("CuPy", "cupy", "lanes and kernels of the GPU, its FMA peak", remedy))
+        findings.append(_package("torch", "torch", "`profile` of link and GPU", remedy))
     return findings

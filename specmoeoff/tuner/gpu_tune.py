@@ -62,7 +62,7 @@ class GpuTuner:
         r = self.request = request
         if r.measure_top:
             raise MissingCapability(
-                "--measure: windows of a machine with a GPU cannot be run yet; leave --measure out."
+                "--measure: plans for a machine with a GPU cannot be tried while tuning yet; leave --measure out."
             )
         if r.fast_memory_bytes is None:
             raise BadInput("--fast-memory is needed: the memory of the GPU that may be used, for example 24GiB.")

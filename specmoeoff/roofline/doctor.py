@@ -76,7 +76,9 @@ def examine() -> list[Finding]:
             "GPU",
             "ok" if me.gpu else "missing",
             me.gpu or "no NVIDIA driver found",
-            "" if me.gpu else "not needed: experts are streamed from disk; plans for a GPU run where a driver and CuPy are",
+            ""
+            if me.gpu
+            else "not needed: experts are streamed from disk; plans for a GPU run where a driver and CuPy are",
         ),
     ]
     findings.append(

@@ -8,7 +8,7 @@ from specmoeoff.errors import AnotherModel, BadInput, MissingCapability
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
 from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head, read_eagle_spec
-from specmoeoff.runtime.gpu.device import CupyDevice
+from specmoeoff.runtime.gpu.device import find_gpu
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.process import available_bytes
@@ -49,7 +49,7 @@ def load_runnable(path: Path | str) -> Plan:
     plan = Plan.load(path)
     if plan.gpu:
         try:
-            CupyDevice()
+            find_gpu()
         except MissingCapability as error:
             raise MissingCapability(
                 f"{path}: the plan is for a machine with a GPU ({plan.inputs.profile_name}): {error} Here, use it with "

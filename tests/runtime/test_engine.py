@@ -250,7 +250,7 @@ def test_preempted_requests_give_the_same_answer(pair: tuple[PackedModel, Packed
 
     def preempted(engine: Engine) -> None:
         assert engine.n_preempted >= 2
-        assert sorted(engine._pages._free) == list(range(1, engine._pages.n_pages))
+        assert sorted(engine._pages._free_far) == list(range(1, engine._pages.n_pages))
         assert {s.request.request_id for s in engine.finished} == {r.request_id for r in todo}
         assert all(len(s.logprobs) == s.n_output for s in engine.finished if s.request.top_logprobs is not None)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.kernels.cuda import enqueue
+from specmoeoff.kernels.cuda import KERNELS, enqueue, function
 from specmoeoff.kernels.cuda.launches import Array, Launch
 
 Stream = Any
@@ -60,26 +60,36 @@ class Device(Protocol):
         """A function of the host, which reads and writes these pinned arrays only."""
 
 
+def find_gpu() -> Any:
+    """CuPy, where it sees a GPU. Raises MissingCapability with the remedy."""
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy has its own kind for every failure of a driver
+        raise MissingCapability(NO_GPU.format(reason=str(error).splitlines()[0])) from None
+    return cupy
+
+
 class CupyDevice:
     """The first CUDA GPU. Raises MissingCapability without one."""
 
     def __init__(self) -> None:
-        try:
-            import cupy
-
-            cupy.cuda.runtime.getDeviceCount()
-        except Exception as error:  # CuPy has its own kind for every failure of a driver
-            raise MissingCapability(NO_GPU.format(reason=str(error).splitlines()[0])) from None
-        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        self._cupy = find_gpu()
+        self._runtime = self._cupy.cuda.runtime
         self._failure: BaseException | None = None
+        # Now: a kernel that is loaded later waits for all streams, and so for host functions, which wait for this thread.
+        for kernels in KERNELS.values():
+            for kernel in kernels:
+                _ = function(kernel).num_regs
 
     def stream(self) -> Stream:
         """See Device; apart from the default stream, which would order all."""
         return self._cupy.cuda.Stream(non_blocking=True)
 
     def record(self, stream: Stream) -> Event:
-        """See Device."""
-        return stream.record()
+        """See Device. Whoever waits for it sleeps: the CPU's kernels want all cores."""
+        return stream.record(self._cupy.cuda.Event(block=True))
 
     def wait(self, stream: Stream, event: Event) -> None:
         """See Device."""
@@ -115,6 +125,7 @@ class CupyDevice:
             to[...] = values
         else:
             to.set(np.ascontiguousarray(values, to.dtype).reshape(to.shape))
+            self._runtime.deviceSynchronize()  # our streams do not wait for the default one
 
     def get(self, source: Array) -> np.ndarray:
         """See Device."""

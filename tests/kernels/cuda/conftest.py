@@ -12,7 +12,7 @@ from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels.cuda import enqueue
 from specmoeoff.kernels.cuda.launches import Launch
 from specmoeoff.kernels.cuda.on_cpu import Host, build
-from specmoeoff.runtime.gpu.device import CupyDevice
+from specmoeoff.runtime.gpu.device import find_gpu
 from specmoeoff.runtime.gpu.rehearsal import of_kernel, weight_bytes
 
 
@@ -21,7 +21,7 @@ class OnGpu:
 
     def __init__(self) -> None:
         try:
-            CupyDevice()
+            find_gpu()
         except MissingCapability as error:
             pytest.skip(str(error))
 

@@ -1,14 +1,21 @@
-"""A tiny Mixtral with heads that the CUDA kernels can take, on a GPU played by a CPU."""
+"""Tiny models with heads that the CUDA kernels can take, and GPUs: played by a CPU, by a stand-in for CuPy, and real."""
 
+import ctypes
 import shutil
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from specmoeoff.errors import MissingCapability
+from specmoeoff.kernels import cuda
+from specmoeoff.kernels.cuda.launches import Launch
 from specmoeoff.kernels.cuda.on_cpu import Host, build
-from specmoeoff.runtime.gpu.device import CupyDevice, Device
+from specmoeoff.runtime.gpu.device import CupyDevice, Device, find_gpu
 from specmoeoff.runtime.gpu.rehearsal import RehearsalDevice
 
 
@@ -41,7 +48,112 @@ def make_device(request: pytest.FixtureRequest) -> Callable[[int], Device]:
         host = request.getfixturevalue("host")
         return lambda seed: RehearsalDevice(host, seed)
     try:
-        CupyDevice()
+        find_gpu()
     except MissingCapability as error:
         pytest.skip(str(error))
     return lambda seed: CupyDevice()
+
+
+# ---- a stand-in that has CuPy's names and does everything at once ---------------------------------------------------------------
+
+
+class Array:
+    """As much of cupy.ndarray as is used; no numpy.ndarray, so that nobody takes GPU memory for the host's."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self.shape, self.dtype, self.nbytes, self.size = values.shape, values.dtype, values.nbytes, values.size
+        self.data = types.SimpleNamespace(ptr=values.ctypes.data)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, key: Any) -> "Array":
+        return Array(self.values[key])
+
+    def __iter__(self) -> Iterator["Array"]:
+        return (Array(v) for v in self.values)
+
+    def reshape(self, *shape: Any) -> "Array":
+        return Array(self.values.reshape(*shape))
+
+    def set(self, values: np.ndarray) -> None:
+        assert values.shape == self.shape
+        assert values.dtype == self.dtype
+        self.values[...] = values
+
+    def get(self) -> np.ndarray:
+        return self.values.copy()
+
+
+class Event:
+    def __init__(self, block: bool = False) -> None:
+        assert block
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Stream:
+    def __init__(self, non_blocking: bool = False) -> None:
+        assert non_blocking
+        self.ptr = 7
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self, event: Event) -> Event:
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, Event)
+
+    def launch_host_func(self, call: Callable[[Any], None], argument: Any) -> None:
+        call(argument)
+
+
+@pytest.fixture
+def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    class Function:
+        num_regs = 1
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, grid: Any, block: Any, arguments: tuple[Any, ...], shared_mem: int = 0) -> None:
+            assert not any(isinstance(a, (int, np.ndarray)) and not isinstance(a, np.generic) for a in arguments)
+            plain = tuple(a.values if isinstance(a, Array) else a for a in arguments)
+            host.run(Launch(self.name, grid, block, shared_mem, plain))
+
+    class RawModule:
+        def __init__(self, code: str, options: tuple[str, ...]) -> None:
+            assert "__global__" in code
+            assert any(option.startswith("-I") for option in options)
+
+        def get_function(self, name: str) -> Function:
+            return Function(name)
+
+    def memcpy_async(to: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
+        assert (kind, stream) == (4, 7)
+        ctypes.memmove(to, source, n_bytes)
+
+    made = types.ModuleType("cupy")
+    made.empty = lambda shape, dtype: Array(np.full(shape, 7, dtype))  # type: ignore[attr-defined]
+    made.RawModule = RawModule  # type: ignore[attr-defined]
+    made.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        Stream=Stream,
+        Event=Event,
+        alloc_pinned_memory=bytearray,
+        get_elapsed_time=lambda start, end: 2000.0,
+        runtime=types.SimpleNamespace(
+            getDeviceCount=lambda: 1, deviceSynchronize=lambda: None, memcpyAsync=memcpy_async
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", made)
+    monkeypatch.setattr(cuda, "_module", cuda._module.__wrapped__)
+    monkeypatch.setattr(cuda, "function", cuda.function.__wrapped__)
+    monkeypatch.setattr("specmoeoff.runtime.gpu.device.function", cuda.function)
+    return made

@@ -1,6 +1,7 @@
 """The lanes on a GPU played by a CPU, against the CPU's own model: every order that events allow, and every event missed."""
 
 import functools
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from specmoeoff.kernels.cpu import Kernels
+from specmoeoff.kernels.cuda.on_cpu import Host
 from specmoeoff.runtime.gpu import execute
-from specmoeoff.runtime.gpu.device import Device
+from specmoeoff.runtime.gpu.device import CupyDevice, Device
 from specmoeoff.runtime.gpu.execute import GpuExecutor, Placement, Room
 from specmoeoff.runtime.gpu.rehearsal import Race, RehearsalDevice
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
@@ -155,3 +157,14 @@ def test_a_single_buffer_for_streamed_layers_would_be_overwritten(
     monkeypatch.setattr(execute, "BUFFERED_LAYERS", 1)
     with Remembered(mixtral_for_gpu) as weights, pytest.raises(Race, match="a copy"):
         enqueue(executor(weights, RehearsalDevice(), "streamed", 2), 2)
+
+
+def test_the_lanes_run_through_cupys_names(cupy: types.ModuleType, mixtral_for_gpu: Path, host: Host) -> None:
+    found = []
+    for device in (CupyDevice(), RehearsalDevice(host)):
+        with CheckpointWeights(mixtral_for_gpu) as weights:
+            runs = executor(weights, device, "everywhere", 2)
+        tokens, parts = windows(merged=False)[0]
+        runs.forward(tokens, parts)
+        found.append((runs.choose(np.arange(len(tokens))), runs.states(len(tokens))))
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))

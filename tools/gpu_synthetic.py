@@ -109,7 +109,15 @@ class Synthetic:
         self._table = 1 + np.arange(n_pages, dtype=np.int32).reshape(batch, per_request)
         layers = (tuple(range(resident)),) * spec.n_layers
         most = max(longest + 1, context if prefill else 0)
-        room = Room(batch * most, batch, per_request, n_pages * near, n_pages * (not near), n_positions)
+        room = Room(
+            batch * most,
+            -(-batch // parts) * most,
+            batch,
+            per_request,
+            n_pages * near,
+            n_pages * (not near),
+            n_positions,
+        )
         placement = Placement(layers, ((),) * spec.n_layers, False)
         self.runs = GpuExecutor(RandomWeights(spec), device, placement, room, parts, n_threads, timed=True)
         if prefill:

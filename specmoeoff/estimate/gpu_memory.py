@@ -13,9 +13,11 @@ GPU_MARGIN_BYTES = GIB  # CUDA context, library workspaces, fragmentation: as ll
 # KV, 250 - 84 - 160 and 190 - 84 - 100 GiB.
 HOST_MARGIN_BYTES = 6 * GIB
 BUFFERED_LAYERS = 2
+ATTENTION_RANGE_TOKENS = 512  # as kernels/cuda/attention.cu cuts a context
 HEAD_ROWS, FP32_BYTES = 256, 4  # logits are made and reduced so many rows at a time
 ROUNDING_BYTES = 16  # each purpose is rounded up
 
+Array = np.ndarray
 Tiers = dict[str, dict[str, np.ndarray]]
 
 
@@ -35,16 +37,32 @@ def draft_params(head: ModelSpec) -> int:
     return head.n_layers * (head.qkv_params + head.output_params + head.expert_params + head.other_layer_params)
 
 
+def activation_bytes(
+    spec: ModelSpec, rows: Array, part_rows: Array, near: Array, far: Array, on_host: Array, context_tokens: float
+) -> tuple[Array, Array]:
+    """In GPU memory and in pinned host memory, as `runtime/gpu/model.py` allocates them: for all rows what outlives a node, for
+    those of a micro-batch the rest. near, far, on_host: whether any KV is in GPU memory, any on the host, any expert there."""
+    (queries, output), kv, hidden, active = spec.attention_widths, spec.kv_width, spec.hidden, spec.n_active
+    away = BF16_BYTES * (queries + output) + FP32_BYTES * kv
+    normed_and_sum = (BF16_BYTES + FP32_BYTES) * hidden
+    each = normed_and_sum + BF16_BYTES * (queries + output) + 3 * 4 * active
+    each = each + far * FP32_BYTES * kv + on_host * FP32_BYTES * hidden
+    partial = -(-context_tokens // ATTENTION_RANGE_TOKENS) * (output + 2 * spec.n_heads)
+    node = FP32_BYTES * (queries + kv + hidden + spec.n_experts + near * partial)
+    node = node + active * (BF16_BYTES * spec.intermediate + FP32_BYTES * hidden)
+    return rows * each + part_rows * node, rows * (far * away + on_host * (normed_and_sum + 2 * 4 * active))
+
+
 def tiers(problem: Problem, choices: Choices) -> Tiers:
     """Bytes as floats, exact below 2**53. KV is reserved for the mean request: with hundreds of live requests their sum
     hardly varies, and it is by pages in use that an engine admits."""
     spec, head = problem.spec, problem.head
     k, steps = problem.of_draft(choices, "length"), problem.of_draft(choices, "steps")
     batch, n = choices.batch, len(choices)
-    rows = batch * (k + 1) / choices.micro_batches
-    queries, output = spec.attention_widths
+    rows = batch * (k + 1)
     kv = batch * problem.request_tokens * spec.kv_bytes_per_token
-    attention = rows * (queries + spec.kv_width + output) * BF16_BYTES
+    sides = choices.kv_share > 0, choices.kv_share < 1, choices.on_host > 0
+    on_gpu, staging = activation_bytes(spec, rows, rows / choices.micro_batches, *sides, problem.request_tokens)
     experts = spec.n_expert_layers * spec.expert_bytes
     buffered = np.where(choices.on_demand, 1, BUFFERED_LAYERS)
     fast = {
@@ -52,16 +70,14 @@ def tiers(problem: Problem, choices: Choices) -> Tiers:
         "resident_experts": 1.0 * choices.resident * experts,
         "stream_buffers": 1.0 * problem.streamed(choices) * buffered * spec.expert_bytes,
         "kv": choices.kv_share * kv,
-        "activations": batch * (k + 1) * spec.hidden * BF16_BYTES
-        + attention
-        + rows * spec.n_active * 2 * spec.intermediate * BF16_BYTES,
+        "activations": on_gpu,
         "logits": np.full(n, float(HEAD_ROWS * spec.vocab * FP32_BYTES)),
         "margin": np.full(n, float(GPU_MARGIN_BYTES)),
     }
     host = {
         "experts": 1.0 * (spec.n_experts - choices.resident) * experts,
         "kv": (1 - choices.kv_share) * kv,
-        "staging": 2 * (1 - choices.kv_share) * attention + 4 * (choices.on_host > 0) * rows * spec.hidden * BF16_BYTES,
+        "staging": staging,
         "margin": np.full(n, float(HOST_MARGIN_BYTES)),
     }
     if head is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specmoeoff.estimate.gpu_choices import Choices, Problem
+from specmoeoff.estimate.gpu_memory import FP32_BYTES
 from specmoeoff.estimate.lanes import Prices, steady_window_s
 from specmoeoff.estimate.rates import COPY_START_S, CPU_START_S, GPU_START_S, Rates
 from specmoeoff.pipeline import GpuWindow, gpu_window_graph
@@ -118,7 +119,7 @@ class GpuEstimator:
         return {
             "pre_attention": self._gpu(2 * rows * spec.qkv_params, spec.qkv_params * BF16_BYTES),
             "gpu_attention": (c.kv_share > 0) * self._gpu(c.kv_share * attention_flops, c.kv_share * kv_bytes),
-            "offload": self._copy(far * rows * (queries + spec.kv_width) * BF16_BYTES, rates.d2h_bytes),
+            "offload": self._copy(far * rows * (queries * BF16_BYTES + spec.kv_width * FP32_BYTES), rates.d2h_bytes),
             "attention": self._cpu_attention(far * attention_flops, far * kv_bytes),
             "onload": self._copy(far * rows * output * BF16_BYTES, rates.h2d_bytes),
             "post_attention": self._gpu(2 * rows * after_params, after_params * BF16_BYTES),

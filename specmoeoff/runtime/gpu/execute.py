@@ -29,9 +29,10 @@ class Placement(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What memory is made for. Pages count without the spare one."""
+    """What memory is made for; `part_rows`: of a micro-batch. Pages count without the spare one."""
 
     max_rows: int
+    part_rows: int
     max_requests: int
     pages_per_request: int
     n_near_pages: int
@@ -54,10 +55,10 @@ class GpuExecutor:
     ) -> None:
         spec = self.spec = weights.spec
         self._device, self.lanes = device, Lanes(device, timed)
-        self._on_demand, self._n_parts = placement.on_demand, micro_batches
+        self._on_demand, self._n_parts, self._part_rows = placement.on_demand, micro_batches, room.part_rows
         buffers = 1 if placement.on_demand else BUFFERED_LAYERS
         near, far = room.n_near_pages, room.n_far_pages
-        sizes = Sizes(room.max_rows, near, far, room.n_positions, micro_batches, buffers)
+        sizes = Sizes(room.max_rows, room.part_rows, near, far, room.n_positions, micro_batches, buffers)
         self._model = GpuModel(weights, device, n_threads, sizes, placement.resident, placement.on_host)
         self._inputs = Inputs(device, room.max_rows, room.max_requests, room.pages_per_request, near)
         on_host = any(len(layer) for layer in placement.on_host)
@@ -66,7 +67,11 @@ class GpuExecutor:
         self.nodes: list[Node] = []
 
     def forward(self, tokens: np.ndarray, micro_batches: Sequence[Rows]) -> None:
-        """All layers over tokens (M,); enqueued, not waited for. `choose` follows, at least once where anything was chosen."""
+        """All layers over tokens (M,); enqueued, not waited for. Raises ValueError for more than there is room for.
+
+        `choose` follows, at least once where anything was chosen."""
+        if max(rows.last - rows.first for rows in micro_batches) > self._part_rows:
+            raise ValueError(f"a micro-batch has more than the {self._part_rows} rows that memory was made for")
         if self.nodes:  # inputs are where the last window's were, which its first node came after
             self.lanes.synchronize(next(node.index for node in self.nodes if node.kind == "pre_attention"))
         nodes = self.nodes = self._builder.window()

@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
     """What memory is made for. `buffers`: layers whose streamed experts are in GPU memory at once."""
 
     max_rows: int
+    part_rows: int
     n_near_pages: int
     n_far_pages: int
     n_positions: int
@@ -79,13 +80,21 @@ class GpuModel:
         self._no_pages = empty(launches.pages_shape(0, kv_heads, dim), U16)
         self._far_kv = [aligned_empty(far_bytes).reshape(-1, self._kv_shape.page_bytes) for _ in names]
 
+        # for all rows of a window; away from the GPU what goes there
+        far, hosted = rows * bool(sizes.n_far_pages), rows * any(map(len, on_host))
         self.x, self.normed = empty((rows, spec.hidden), F32), empty((rows, spec.hidden), U16)
         self._query, self._attended = (empty((rows, heads, dim), U16) for _ in range(2))
-        self._away = empty((rows * 2 * kv_heads * dim,), F32)
+        self._away = empty((far * 2 * kv_heads * dim,), F32)
         self.index, self._weight = empty((rows, spec.n_active), I32), empty((rows, spec.n_active), F32)
         self._starts, self._slots = empty((sizes.parts, spec.n_experts + 1), I32), empty((rows * spec.n_active,), I32)
-        self._host_sum = empty((rows, spec.hidden), F32)
-        # for one node after another
+        self._host_sum = empty((hosted, spec.hidden), F32)
+        self._query_host, self._attended_host = (pinned((far, heads * dim), U16) for _ in range(2))
+        self._away_host = pinned((far * 2 * kv_heads * dim,), F32)
+        self._normed_host, self._sum_host = pinned((hosted, spec.hidden), U16), pinned((hosted, spec.hidden), F32)
+        self._weight_host = pinned((hosted, spec.n_active), F32)
+        self.index_host = pinned((hosted if sizes.buffers > 1 else rows, spec.n_active), I32)
+        # for the rows of a micro-batch, one node after another
+        rows = sizes.part_rows
         self._qkv, self._projected = empty((rows, heads + 2 * kv_heads, dim), F32), empty((rows, spec.hidden), F32)
         self._router_logits = empty((rows, spec.n_experts), F32)
         self._expert_hidden = empty((rows * spec.n_active, spec.intermediate), U16)
@@ -93,15 +102,8 @@ class GpuModel:
         n_partials = launches.partial_floats(rows, heads, dim, sizes.n_positions) if self._near_kv else 0
         self._partials = empty((n_partials,), F32)
         self._ones = self.upload(np.ones((rows, 1), F32))
-        self._bounds = self.upload(
-            np.stack([np.zeros(most := max(rows, HEAD_ROWS) + 1, I32), np.arange(most, dtype=I32)], 1).reshape(-1)
-        )
-        # beside the CPU
-        self._query_host, self._attended_host = (pinned((rows, heads * dim), U16) for _ in range(2))
-        self._away_host = pinned((rows * 2 * kv_heads * dim,), F32)
-        self._normed_host = pinned((rows, spec.hidden), U16)
-        self.index_host, self._weight_host = pinned((rows, spec.n_active), I32), pinned((rows, spec.n_active), F32)
-        self._sum_host = pinned((rows, spec.hidden), F32)
+        counts = np.arange(max(rows, HEAD_ROWS) + 1, dtype=I32)
+        self._bounds = self.upload(np.stack([np.zeros_like(counts), counts], axis=1).reshape(-1))
         self.head = Head(self, weights)
         self._place(weights, resident, on_host)
 

@@ -48,8 +48,11 @@ class GpuTarget:
         self._experts = experts
         on_host = experts.on_host or ((),) * spec.n_layers
         placement = Placement(experts.resident, on_host, not any(experts.prefetch))
+        # The engine's parts are about equal: one request, at its edge, can make one larger.
+        largest = max(decode.draft_length + 1, decode.prefill_chunk_tokens)
         room = Room(
             max_rows,
+            min(max_rows, -(-max_rows // decode.micro_batches) + largest),
             decode.batch,
             pages.pages_per_request,
             pages.n_near_pages,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from specmoeoff.estimate.gpu_memory import activation_bytes
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.kernels.cuda.on_cpu import Host
 from specmoeoff.runtime.gpu import execute
@@ -60,7 +61,9 @@ def windows(merged: bool) -> list[tuple[np.ndarray, list[Rows]]]:
 
 
 NEAR_PAGES, FAR_PAGES = {0: 1, 3: 2}, {1: 3, 2: 4}
-ROOM = Room(max_rows=24, max_requests=4, pages_per_request=1, n_near_pages=2, n_far_pages=2, n_positions=128)
+ROOM = Room(
+    max_rows=24, part_rows=24, max_requests=4, pages_per_request=1, n_near_pages=2, n_far_pages=2, n_positions=128
+)
 
 
 class Remembered(CheckpointWeights):
@@ -168,3 +171,27 @@ def test_the_lanes_run_through_cupys_names(cupy: types.ModuleType, mixtral_for_g
         runs.forward(tokens, parts)
         found.append((runs.choose(np.arange(len(tokens))), runs.states(len(tokens))))
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_memory_grows_with_rows_as_planned(mixtral_for_gpu: Path) -> None:
+    """Inputs and constants, 36 bytes a row, are in the plan's margin."""
+
+    def bytes_of(rows: int, place: str, near: int, far: int) -> int:
+        device = RehearsalDevice()
+        room = Room(rows, rows // 2, 4, 1, near, far, 128)
+        GpuExecutor(weights, device, PLACES[place], room, 2, n_threads=1)
+        return device.memory_bytes
+
+    with Remembered(mixtral_for_gpu) as weights:
+        for place, near, far in (("streamed", 0, 4), ("everywhere", 2, 2), ("streamed", 4, 0)):
+            found = bytes_of(1200, place, near, far) - bytes_of(600, place, near, far)
+            sides = bool(near), bool(far), place == "everywhere"
+            planned = activation_bytes(weights.spec, np.float64(600), np.float64(300), *sides, 128)[0]
+            assert 0 <= found - planned <= 600 * 36
+
+
+def test_more_rows_than_there_is_room_for_are_refused(mixtral_for_gpu: Path) -> None:
+    with Remembered(mixtral_for_gpu) as weights:
+        runs = GpuExecutor(weights, RehearsalDevice(), PLACES["streamed"], ROOM._replace(part_rows=9), 2, 1)
+        with pytest.raises(ValueError, match="more than the 9 rows"):
+            runs.forward(*windows(merged=False)[0])

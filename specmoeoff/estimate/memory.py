@@ -3,13 +3,17 @@
 from specmoeoff.kernels.cpu import (
     HALVES,
     PAGE_TOKENS,
+    SILU,
     LayerShape,
+    Swiglu,
     packed_expert_bytes,
     packed_linear_bytes,
     scratch_bytes,
 )
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import PlanDecode, PlanMemory
+
+GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
 
 
 def expert_stride(spec: ModelSpec) -> int:
@@ -64,6 +68,11 @@ def layer_arrays(spec: ModelSpec, layer: int) -> list[str]:
     }
     shape = layer_shape(spec, layer)
     return [name for name in (*shape.vectors, *shape.matrices) if has.get(name, True)]
+
+
+def expert_activation(spec: ModelSpec) -> Swiglu:
+    """Of a routed expert."""
+    return GPT_OSS_SWIGLU if spec.architecture == "gpt_oss" else SILU
 
 
 def dense_bytes(spec: ModelSpec) -> int:

@@ -45,7 +45,7 @@ def expert_uses(
     layers = []
     for layer in range(spec.n_layers):
         resident, prefetch = set(experts.resident[layer]), experts.prefetch[layer]
-        others = [e for e in range(spec.n_experts) if e not in resident and e not in prefetch]
+        others = [e for e in range(spec.n_experts_of(layer)) if e not in resident and e not in prefetch]
         order = [*((e, "resident") for e in sorted(resident)), *((e, "prefetch") for e in prefetch)]
         order += [(e, "demand") for e in others]
         layers.append(

@@ -198,11 +198,7 @@ class Tuner:
         key = (choice.drafter, choice.draft_length, choice.batch, choice.n_threads)
         if key not in self._floors:
             spec = self.request.model
-            everything = PlanExperts(
-                resident=(tuple(range(spec.n_experts)),) * spec.n_layers,
-                prefetch=((),) * spec.n_layers,
-                stream_slots=0,
-            )
+            everything = PlanExperts.all_resident(spec)
             alone = self.decode(replace(choice, micro_batches=1))
             shape = window_shape(spec, self.request.workload, alone, everything, [self.mean_context] * choice.batch)
             try:

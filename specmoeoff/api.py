@@ -14,11 +14,11 @@ from specmoeoff.runtime.batch_files import (
     Body,
     find_problem,
     read_batch,
+    text_of,
     to_request,
     to_response,
 )
 from specmoeoff.runtime.loading import Progress, load_runnable, open_plan
-from specmoeoff.runtime.serving.protocol import text_of
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.validate import Options, Validator
 from specmoeoff.specs.plan import Plan

@@ -234,6 +234,12 @@ def to_response(sequence: Sequence, line: BatchLine, model: str, tokenizer: Toke
     return _answer(request.request_id, 200, body, None)
 
 
+def text_of(body: dict[str, Any]) -> str:
+    """The text of a whole answer."""
+    choice = body["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
 def error_line(name: str, status: int, kind: str, message: str) -> dict[str, Any]:
     """The line of a request that could not be answered: in OpenAI's shape, and at the top where scripts look for it."""
     body = {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -212,9 +212,11 @@ def write_lines(path: Path, bodies: list[dict[str, Any]], **line: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def run_here(job: list[str], tmp_path: Path, ignore_eos: bool = True) -> dict[str, dict[str, Any]]:
+def run_here(
+    job: list[str], tmp_path: Path, ignore_eos: bool = True, say: Callable[[str], None] | None = None
+) -> dict[str, dict[str, Any]]:
     plan, output = Plan.load(job[1]), tmp_path / "out.jsonl"
-    BatchRun(plan, tmp_path / "in.jsonl", output, None, ignore_eos, lambda *_: None).run(lambda *_: None, None)
+    BatchRun(plan, tmp_path / "in.jsonl", output, None, ignore_eos, lambda *_: None).run(lambda *_: None, say)
     return answers_of(output)
 
 
@@ -260,6 +262,9 @@ def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_p
     assert choice["text"] == whole["text"][: whole["text"].index(stop)]
     assert stop not in choice["text"]
     assert choice["token_ids"] == whole["token_ids"][: first["usage"]["completion_tokens"]]
+    said: list[str] = []
+    run_here(job, tmp_path, say=said.append)
+    assert f"r0: {choice['text']}" in said
     assert choice["logprobs"]["tokens"] == [*choice["text"].split()[:-1], words[at]]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * len(choice["logprobs"]["tokens"])
     assert second["choices"][0]["text"] == ""

@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from specmoeoff.errors import BadInput, SpecMoEOffError
+from specmoeoff.runtime.batch_files import text_of
 from specmoeoff.runtime.engine_thread import EngineThread, QueueFull, ShuttingDown
 from specmoeoff.runtime.sequence import Sequence
 from specmoeoff.runtime.serving.answer import Answer
 from specmoeoff.runtime.serving.gate import Gate
 from specmoeoff.runtime.serving.metrics import Metrics
-from specmoeoff.runtime.serving.protocol import BadField, Exchange, ServedBody, error_body, text_of
+from specmoeoff.runtime.serving.protocol import BadField, Exchange, ServedBody, error_body
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.specs.model import ModelSpec

@@ -223,8 +223,8 @@ def run_here(
 def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[str], tmp_path: Path) -> None:
     good = {"prompt": "w5 w6", "max_tokens": 3}
     bad = [{"prompt": "w5", "tools": [1]}, {"prompt": "w5 " * 500}, {"prompt": ""}, {"prompt": "w5", "n": 2}]
-    bad += [{"messages": [{"role": "user", "content": "w5"}]}]
-    write_lines(tmp_path / "in.jsonl", [good, *bad, good])
+    chat = {"messages": [{"role": "user", "content": "w5"}]}
+    write_lines(tmp_path / "in.jsonl", [good, *bad, chat, good])
     answers = run_here(job, tmp_path)
     assert list(answers) == [f"r{i}" for i in range(7)]
     for name, words in (
@@ -240,6 +240,23 @@ def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[st
     for name in ("r0", "r6"):
         assert answers[name]["error"] is None
         assert len(answers[name]["response"]["body"]["choices"][0]["token_ids"]) == 3
+
+
+def test_a_prompt_sent_to_the_other_shapes_url_is_refused_and_without_a_url_tells_its_own(
+    job: list[str], tmp_path: Path
+) -> None:
+    prompt, chat = {"prompt": "w5", "max_tokens": 1}, {"messages": [{"role": "user", "content": "w5"}]}
+    lines = [
+        {"url": "/v1/chat/completions", "body": prompt},
+        {"url": "/v1/completions", "body": chat},
+        {"body": prompt},
+    ]
+    texts = [json.dumps({"custom_id": f"r{i}", **line}) for i, line in enumerate(lines)]
+    (tmp_path / "in.jsonl").write_text("\n".join(texts))
+    chat_answer, completion_answer, good = run_here(job, tmp_path).values()
+    assert "url /v1/chat/completions takes `messages`" in chat_answer["error"]["message"]
+    assert "url /v1/completions takes `prompt`" in completion_answer["error"]["message"]
+    assert good["response"]["body"]["object"] == "text_completion"
 
 
 def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_path: Path) -> None:

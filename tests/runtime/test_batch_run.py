@@ -1,5 +1,6 @@
 """`specmoeoff run` as its own process on a tiny model: interrupted, refused, and out of disk."""
 
+import asyncio
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from specmoeoff.errors import BadInput
-from specmoeoff.runtime import batch_files
+from specmoeoff.runtime import batch_files, ray_run
 from specmoeoff.runtime.batch_run import BatchRun
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.specs.plan import (
@@ -330,6 +331,14 @@ def test_a_damaged_expert_file_answers_what_it_can(
     assert 0 < len(failed) < 10
     assert all("differs from what was packed; check the disk" in answers[name]["error"]["message"] for name in failed)
     assert {n: a for n, a in answers.items() if n not in failed} == {n: a for n, a in intact.items() if n not in failed}
+
+    monkeypatch.setattr(ray_run, "plan_here", lambda plan, _: plan)
+
+    async def by_a_node() -> list[dict[str, Any]]:
+        node = ray_run.NodeEngine(Plan.load(job[1]).text(), "", None, True)
+        return [await node.answer(json.loads(line)) for line in (tmp_path / "in.jsonl").read_text().splitlines()]
+
+    assert asyncio.run(by_a_node()) == list(answers.values())
 
 
 def small_requests(n: int, path: Path) -> None:

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 COMPARED_ROWS = 40
 
-Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or `demo`.")]
+Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, GGUF file, or `demo`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
 DiskLimit = Annotated[float | None, typer.Option("--disk-limit-gb-per-s", help="Cap the disk lane.")]
@@ -323,7 +323,9 @@ def _demo_prompts(model: str) -> Path:
 @app.command()
 def tune(
     profile: Annotated[str, typer.Option("--profile", help="Hardware profile: a file, or a shipped name.")],
-    model: Annotated[str, typer.Option("--model", help="Checkpoint folder, `demo`, or the name of a shipped shape.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Checkpoint folder, GGUF file, `demo`, or the name of a shipped shape.")
+    ],
     workload: Annotated[str, typer.Option("--workload", help="Workload of this model: a file, or a shipped name.")],
     output: Output = Path("plan.toml"),
     fast_memory: Annotated[
@@ -344,7 +346,7 @@ def tune(
     ] = None,
     disk_limit_gb_per_s: DiskLimit = None,
     search: Annotated[str, typer.Option("--search", help="exhaustive or optuna.")] = "exhaustive",
-    trials: Annotated[int, typer.Option("--trials", help="For optuna.", min=1)] = 200,
+    trials: Annotated[int | None, typer.Option("--trials", help="Of optuna; default: 200.", min=1)] = None,
     measure: Annotated[
         int,
         typer.Option(
@@ -353,7 +355,7 @@ def tune(
             min=0,
         ),
     ] = 0,
-    storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage: a URL or a journal file.")] = None,
+    storage: Annotated[str | None, typer.Option("--storage", help="Of optuna: a URL or a journal file.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     output_tokens: Annotated[
         int | None,
@@ -388,6 +390,9 @@ def tune(
     _check_disk_limit(disk_limit_gb_per_s)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
+    for option, value in (("--trials", trials), ("--storage", storage)):
+        if value is not None and search == "exhaustive":
+            raise BadInput(f"{option}: the exhaustive search has none; add --search optuna, or leave {option} out.")
     machine_profile = HardwareProfile.load(profile_file)
     behaviour = Workload.load(workload_file).with_output_tokens(output_tokens)
     here = machine_profile.machine.gpu is None
@@ -409,7 +414,7 @@ def tune(
             context_tokens=context,
             disk_limit_gb_per_s=disk_limit_gb_per_s,
             search=search,  # type: ignore[arg-type]
-            trials=trials,
+            **({"trials": trials} if trials else {}),
             seed=seed,
             storage=storage,
             command=" ".join(["specmoeoff", *sys.argv[1:]]),

@@ -21,6 +21,7 @@ from specmoeoff.specs.plan import (
     CurvePoint,
     LengthAt,
     MeasuredTrial,
+    Outlook,
     PlainPlan,
     Plan,
     PlanDecode,
@@ -279,13 +280,28 @@ class Tuner:
         for context in (int(share * self.context_tokens) for share in (0.25, 0.5, 0.75, 1.0)):
             for live in dict.fromkeys(max(1, int(choice.batch * share)) for share in (0.125, 0.25, 0.5, 1.0)):
                 prices = self.prices(choice.n_threads)
-                found = [
-                    forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
-                    for d in drafts
-                ]
+                try:
+                    found = [
+                        forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
+                        for d in drafts
+                    ]
+                except OutOfRange:  # the longest contexts; the runtime takes the nearest that is here
+                    continue
                 k = int(np.argmax(found))
                 table.append(LengthAt(context_tokens=context, live=live, draft_length=k, tokens_per_s=found[k]))
         return tuple(table)
+
+    def with_outlook(self, plan: Plan, choice: Choice) -> Plan:
+        """The plan with what surrounds its choice."""
+        r, drafter = self.request, choice.drafter
+        assumptions = [
+            f"profile {r.profile.name}: {r.profile.kind}",
+            f"workload {r.workload.name}: {r.workload.provenance}",
+        ]
+        if drafter != "none":
+            assumptions.append(f"acceptance of {drafter}: {r.workload.acceptance[drafter].provenance}")
+        lengths = self.draft_lengths(choice) if drafter != "none" else ()
+        return plan.model_copy(update={"outlook": Outlook(draft_lengths=lengths, assumptions=tuple(assumptions))})
 
     def nothing_fits(self) -> SpecMoEOffError:
         """Why there is no plan, and the smallest change that would make one."""
@@ -332,7 +348,7 @@ def tune(request: TuneRequest) -> Plan:
     if tuner.part(plain).predicted.tokens_per_s >= tuner.part(best).predicted.tokens_per_s:
         best = plain
     if r.measure is None or not r.measure_top:
-        return tuner.plan(best, plain, ranked)
+        return tuner.with_outlook(tuner.plan(best, plain, ranked), best)
     trials = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
     if r.search == "optuna":
         problem = sha256_text(repr((space, tuner.problem, "measured")))[:12]
@@ -343,4 +359,5 @@ def tune(request: TuneRequest) -> Plan:
         best = trials.best([*islice(lengths_once(ranked), r.measure_top), plain])
     if best.batch != plain.batch:
         plain = plain_at(best.batch)
-    return tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)
+    plan = tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)
+    return tuner.with_outlook(plan, best)

@@ -127,7 +127,10 @@ class Prices:
             case "draft":
                 if draft is None:
                     raise BadInput("the plan drafts with a model, but no draft model was given.")
-                layer = draft.dense_layer(node.rows) + draft.over_context(0, node.requests)
-                return draft.spec.n_layers * layer + draft.head(len(node.requests))
+                spec = draft.spec
+                # An EAGLE head's linear map runs at its layer's rate.
+                more = 1.0 + spec.other_layer_params / (spec.attention_params + spec.expert_params)
+                layer = more * draft.dense_layer(node.rows) + draft.over_context(0, node.requests)
+                return spec.n_layers * layer + draft.head(len(node.requests))
             case _:
                 return 0.0

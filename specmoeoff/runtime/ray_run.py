@@ -51,8 +51,9 @@ def plan_here(plan: Plan, workload_text: str) -> Plan:
             "--context",
             str(plan.decode.context_tokens),
         ]
-        _command("profile", "--model", source, "-o", profile)
-        made_from: list[str | Path] = ["--profile", profile, "--model", source, "--workload", workload]
+        what: list[str | Path] = ["--model", source, "--precision", plan.model.precision]
+        _command("profile", *what, "-o", profile)
+        made_from: list[str | Path] = ["--profile", profile, *what, "--workload", workload]
         _command("tune", *made_from, "-o", own, *memory, *cap)
     return Plan.load(own)
 

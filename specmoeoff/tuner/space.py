@@ -93,8 +93,9 @@ def make_space(
     workload: Workload,
     n_slots: int,
     batch: int | None,
+    drafter: DrafterName = "model",
 ) -> Space:
-    """The axes: drafters with known acceptance; enough slots for streaming, where anything is streamed.
+    """The axes: drafters with known acceptance, `drafter` being what `draft` is; enough slots for streaming, where anything is streamed.
 
     Raises BadInput where the profile holds no operators of this model.
     """
@@ -105,7 +106,7 @@ def make_space(
             "run `specmoeoff profile --model` with this model."
         )
     lengths: dict[DrafterName, tuple[int, ...]] = {"none": (0,)}
-    names: tuple[DrafterName, ...] = ("model", "ngram") if draft else ("ngram",)
+    names: tuple[DrafterName, ...] = (drafter, "ngram") if draft else ("ngram",)
     for name in names:
         if name in workload.acceptance:
             known = min(LONGEST_DRAFT, len(workload.acceptance[name].conditional))

@@ -19,6 +19,7 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
+    DrafterName,
     LengthAt,
     MeasuredTrial,
     Outlook,
@@ -54,9 +55,11 @@ class TuneRequest:
     host_memory_bytes: int
     draft: ModelSpec | None = None
     draft_source: str | None = None
+    drafter: DrafterName = "model"  # what `draft` is
     fast_memory_bytes: int | None = None
     batch: int | None = None
     context_tokens: int | None = None
+    kv_tokens: int | None = None
     prefill_chunk_tokens: int = 256
     disk_limit_gb_per_s: float | None = None
     search: SearchName = "exhaustive"
@@ -120,6 +123,10 @@ class Tuner:
         if not 0 < context <= spec.max_positions:
             raise BadInput(f"--context {context}: this model has 1 to {spec.max_positions} positions.")
         self.context_tokens = min(-(-context // PAGE) * PAGE, spec.max_positions)
+        if r.kv_tokens is not None and r.kv_tokens < self.context_tokens:
+            raise BadInput(
+                f"--kv-tokens {r.kv_tokens}: one request may have {self.context_tokens}; give at least those."
+            )
         self.mean_context = int(r.workload.middle_context_tokens)
         self.host_needs: set[int] = set()
         self.out_of_range: OutOfRange | None = None
@@ -146,6 +153,7 @@ class Tuner:
             micro_batches=choice.micro_batches,
             context_tokens=self.context_tokens,
             prefill_chunk_tokens=r.prefill_chunk_tokens,
+            kv_tokens=r.kv_tokens,
         )
 
     def memory(self, choice: Choice) -> PlanMemory:
@@ -173,7 +181,8 @@ class Tuner:
         """What the prices depend on."""
         r = self.request
         files = (r.profile.text(), r.workload.text(), r.model.fingerprint, r.draft.fingerprint if r.draft else "")
-        return (*files, self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.disk_limit_gb_per_s)
+        limits = (self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.kv_tokens, r.disk_limit_gb_per_s)
+        return (*files, *limits, r.model.precision)
 
     def price(self, choice: Choice) -> Prediction | None:
         """What is predicted of a choice, None where it does not fit or its sizes were not measured."""
@@ -252,12 +261,11 @@ class Tuner:
             CurvePoint(draft_length=c.draft_length, drafter=c.drafter, prediction=self.part(c).predicted)
             for c in sorted(lengths_once(same_batch), key=lambda c: c.draft_length)
         ]
-        drafts_with_model = choice.drafter == "model" and r.draft is not None
         draft = None
-        if drafts_with_model:
-            draft = PlanModel(source=r.draft_source or "", name=r.draft.name, fingerprint=r.draft.fingerprint)  # type: ignore[union-attr]
+        if r.draft is not None and choice.drafter == r.drafter:
+            draft = _plan_model(r.draft_source or "", r.draft)
         return Plan(
-            model=PlanModel(source=r.model_source, name=r.model.name, fingerprint=r.model.fingerprint),
+            model=_plan_model(r.model_source, r.model),
             draft=draft,
             **dict(self.part(choice)),
             limits=PlanLimits(
@@ -315,6 +323,10 @@ class Tuner:
         )
 
 
+def _plan_model(source: str, spec: ModelSpec) -> PlanModel:
+    return PlanModel(source=source, name=spec.name, fingerprint=spec.fingerprint, precision=spec.precision)
+
+
 def plans_for_gpu(request: TuneRequest) -> bool:
     """Where there is a GPU, unless the CPU's operators were measured at this model's shape: those the runtime can run."""
     measured = any(table.shape == request.model.shape_key for table in request.profile.operators)
@@ -328,7 +340,7 @@ def tune(request: TuneRequest) -> Plan:
 
         return GpuTuner(request).plan()
     tuner, r = Tuner(request), request
-    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch)
+    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch, r.drafter)
     if r.search == "optuna":
         problem = sha256_text(repr((space, tuner.problem)))[:12]
         ranked = optuna_search(space, tuner.price, r.trials, r.seed, problem, r.storage, r.progress)

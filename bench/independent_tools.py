@@ -60,7 +60,13 @@ def fio(path: Path, reader_count: int, chunk_bytes: int) -> float:
     """GB/s of O_DIRECT reads."""
     command = [
         *("fio", "--name=read", f"--filename={path}", "--direct=1", "--rw=read", f"--bs={chunk_bytes}"),
-        *(f"--numjobs={reader_count}", "--ioengine=psync", "--time_based", f"--runtime={DISK_S * 1e3:.0f}ms", "--group_reporting"),
+        *(
+            f"--numjobs={reader_count}",
+            "--ioengine=psync",
+            "--time_based",
+            f"--runtime={DISK_S * 1e3:.0f}ms",
+            "--group_reporting",
+        ),
         *(f"--size={100 // reader_count}%", f"--offset_increment={100 // reader_count}%"),
         *("--readonly", "--thread", "--output-format=json"),
         *(("--mem=shmhuge", "--hugepage-size=2m") if has_huge_pages() else ()),

@@ -47,7 +47,8 @@ class OperatorTimes:
         """By what share beside the disk: between the sizes measured on their logarithm, beyond them as at the nearest."""
         if not self._slowdown:
             return 0.0
-        return float(np.interp(math.log(max(size, 1.0)), *zip(*self._slowdown, strict=True)))
+        sizes, longer = zip(*self._slowdown, strict=True)
+        return float(np.interp(math.log(max(size, 1.0)), sizes, longer))
 
     def _alone(self, *sizes: float) -> float:
         grid = self._table.grid

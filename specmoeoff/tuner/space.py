@@ -129,7 +129,9 @@ def place(spec: ModelSpec, workload: Workload, choice: Choice, n_slots: int) -> 
     used = probability_used(popularity, choice.batch, choice.draft_length + 1, workload.union_exponent)
     # Once nearly all are used the order would be noise: popularity settles it, and costs nothing where it is flat.
     worth, first = used + 1e-3 * popularity, spec.n_dense_layers
-    resident = [[]] * first + most_used(worth[first:], min(n_slots, spec.n_all_experts) - choice.stream_slots)
+    resident: list[list[int]] = [[]] * first + most_used(
+        worth[first:], min(n_slots, spec.n_all_experts) - choice.stream_slots
+    )
     prefetch = []
     for layer, held in enumerate(resident):
         experts = range(spec.n_experts_of(layer))

@@ -162,7 +162,7 @@ static void strip_product(const isa_t *isa, int format, const unsigned char *con
             const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, lines = (int)(group_bytes(format) / (4 * COLUMNS));
             const size_t stride = (size_t)next_steps * step_bytes / (size_t)(n_tiles * (last - first) * lines) + 1;
             for (int r = 0, t = 0; t < n_tiles; t++) {
-                const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+                const int rows = n / n_tiles + (t < n % n_tiles);
                 isa->tile_codes(format, rows, x + r, padded(n_in), first, last, weights, out + r * COLUMNS,
                                 (const char *)after + (size_t)t * (size_t)((last - first) * lines) * stride, stride);
                 r += rows;

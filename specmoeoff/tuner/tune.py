@@ -98,6 +98,12 @@ class Tuner:
                 f"workload {r.workload.name} was measured on model {r.workload.model_name}, not on {spec.name}; "
                 f"run `specmoeoff workload --model {r.model_source}`."
             )
+        measured = r.workload.draft_fingerprint
+        if r.draft and r.drafter == "model" and measured not in (None, r.draft.fingerprint):
+            raise BadInput(
+                f"workload {r.workload.name} tells how much of another draft than {r.draft.name} is accepted; run "
+                f"`specmoeoff workload --model {r.model_source} --drafter model:{r.draft_source}`."
+            )
         if r.workload.popularity is None:
             raise BadInput(
                 f"workload {r.workload.name}: no popularity; run `specmoeoff workload --model {r.model_source}`."

@@ -64,7 +64,5 @@ def test_a_model_with_a_dense_first_layer_goes_from_profile_to_validation(
         assert "Traceback" not in done.stderr
     record = RunRecord.load(tmp_path / "record.json")
     assert record.lossless
-    assert all(
-        check.passed for check in record.checks if check.name in ("experts intact", "lossless")
-    )
+    assert all(check.passed for check in record.checks if check.name in ("experts intact", "lossless"))
     assert Plan.load(tmp_path / "plan.toml").experts.resident[0] == ()

@@ -193,6 +193,12 @@ def test_a_workload_of_another_model_is_refused(made_up_request: TuneRequest) ->
         tune(replace(made_up_request, model=other))
 
 
+def test_a_workload_of_another_draft_is_refused(made_up_request: TuneRequest) -> None:
+    other = made_up_request.workload.model_copy(update={"draft_fingerprint": "another"})
+    with pytest.raises(BadInput, match=r"another draft than draft .* --drafter model:"):
+        tune(replace(made_up_request, workload=other))
+
+
 def test_a_workload_whose_popularity_is_not_this_models_is_refused(made_up_request: TuneRequest) -> None:
     edited = made_up_request.workload.model_copy(update={"popularity": made_up_request.workload.popularity[1:]})
     with pytest.raises(BadInput, match=r"popularity of 29 layers x 8 experts, but .* has 30 x 8"):

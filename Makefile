@@ -9,8 +9,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(VENV)/installed
 	$(BIN)/specmoeoff auto --model demo
 
+# Two at a time; a wait for a thread of the other's is better slept through than spun through.
 test: lint sanitize
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
@@ -24,7 +25,7 @@ SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_
 sanitize: $(VENV)/developing
 	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
 	cmake --build build/sanitized --parallel
-	$(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda
+	$(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
 	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
 
 # One script per claim; each prints a table and writes one CSV.

@@ -1,85 +1,151 @@
-"""Expert FFN: our kernel against torch's bf16 linear, taking turns in one process, beside the DRAM roof of the moment.
+"""Expert FFN: our kernel in every format beside the roof of the moment and torch's bf16, taking turns in one process.
 
-Prints one row per number of rows and writes bench/expert_ffn.csv: medians, and the median of paired ratios with its
-interval. Weights rotate over many experts, so that they come from memory as when they are streamed.
+A call computes a few experts of one shape, each for as many tokens; the weights of all calls are larger than four times the
+L3. The roof of a sample is the larger of weight bytes over the DRAM rate and operations over the peak of the format's
+products, both sampled just before and just after it. Writes bench/expert_ffn.csv, row by row.
 """
 
+import argparse
+import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
+from roofs import READ_BYTES, Roof, take_turns
 
 from specmoeoff.kernels import cpu
-from specmoeoff.kernels.cpu.probes import Move
 from specmoeoff.roofline.profile import machine
-from specmoeoff.roofline.timing import paired_ratios, seconds_of
+from specmoeoff.roofline.timing import paired_ratios
 
-HIDDEN, INTERMEDIATE, N_EXPERTS, ROUNDS = 576, 1536, 40, 25
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+class Shape(NamedTuple):
+    """Experts of one call."""
+
+    hidden: int
+    intermediate: int
+    n_experts: int
+
+    @property
+    def weights(self) -> int:
+        return 3 * self.hidden * self.intermediate * self.n_experts
+
+
+SHAPES = {"demo": Shape(576, 1536, 8), "mixtral": Shape(4096, 14336, 1), "qwen3-30b": Shape(2048, 768, 8)}
+FORMATS = ("bf16", "int8", "int4", "mxfp4")
+TOKENS = (1, 4, 16, 128, 512)
+
+
+def parts_of(shape: Shape) -> list[torch.Tensor]:
+    """gate, up (intermediate, hidden) and down (hidden, intermediate) bf16 of one expert; a block of numbers again and again."""
+    block = torch.randn(1 << 16).mul(0.05).bfloat16()
+    wide, narrow = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    return [
+        torch.from_numpy(np.resize(block.view(torch.int16).numpy(), s)).view(torch.bfloat16)
+        for s in (wide, wide, narrow)
+    ]
+
+
+def n_sets(shape: Shape, bytes_per_weight: float) -> int:
+    return 1 + int(READ_BYTES / (shape.weights * bytes_per_weight))
+
+
+def ours(shape: Shape, format: str, n_threads: int) -> tuple[int, Callable[[torch.Tensor], Callable[[], None]]]:
+    """Bytes of the weights of a call, and what makes a call for tokens (n_experts, n, hidden)."""
+    n_bytes = cpu.packed_expert_bytes(shape.hidden, shape.intermediate, format)
+    sets = n_sets(shape, n_bytes * shape.n_experts / shape.weights)
+    packed = cpu.aligned_empty(sets * shape.n_experts * n_bytes).reshape(sets, shape.n_experts, n_bytes)
+    gate, up, down = (p.view(torch.uint16).numpy() for p in parts_of(shape))
+    cpu.pack_expert(gate, up, down, packed[0, 0], format)
+    packed[:] = packed[0, 0]
+    kernels, turn, lists = cpu.Kernels(n_threads), iter(range(1 << 30)), [list(experts) for experts in packed]
+
+    def call_for(x: torch.Tensor) -> Callable[[], None]:
+        rows, out = (
+            x.reshape(-1, shape.hidden).view(torch.uint16).numpy(),
+            np.empty((x.shape[0] * x.shape[1], shape.hidden), np.float32),
+        )
+        slots = list(np.arange(len(out), dtype=np.int32).reshape(x.shape[:2]))
+        return lambda: kernels.experts(rows, lists[next(turn) % sets], slots, out, shape.intermediate, format)
+
+    return n_bytes * shape.n_experts, call_for
+
+
+def peers(shape: Shape) -> Callable[[torch.Tensor], dict[str, Callable[[], object]]]:
+    """torch in bf16, gate and up in one matrix: expert by expert, and all experts of a call at once."""
+    gate, up, down = parts_of(shape)
+    sets, n = n_sets(shape, 2), shape.n_experts
+    gate_up = torch.cat([gate, up]).repeat(sets, n, 1, 1)
+    downs = down.repeat(sets, n, 1, 1)
+    turn, silu, linear = iter(range(1 << 30)), torch.nn.functional.silu, torch.nn.functional.linear
+
+    def middle(both: torch.Tensor) -> torch.Tensor:
+        gates, ups = both.chunk(2, -1)
+        return silu(gates) * ups
+
+    def one_by_one(x: torch.Tensor) -> list[torch.Tensor]:
+        i = next(turn) % sets
+        return [linear(middle(linear(x[e], gate_up[i, e])), downs[i, e]) for e in range(n)]
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        i = next(turn) % sets
+        return torch.bmm(middle(torch.bmm(x, gate_up[i].mT)), downs[i].mT)
+
+    return lambda x: {"torch_linear": lambda: one_by_one(x)} | ({"torch_bmm": lambda: together(x)} if n > 1 else {})
 
 
 def main() -> None:
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    kernels, rng = cpu.Kernels(threads), np.random.default_rng(0)
-    ours, theirs = [], []
-    for _ in range(N_EXPERTS):
-        parts = [
-            torch.randn(s, dtype=torch.float32).mul(0.05).bfloat16()
-            for s in [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
-        ]
-        packed = cpu.aligned_empty(cpu.packed_expert_bytes(HIDDEN, INTERMEDIATE))
-        cpu.pack_expert(*(p.view(torch.uint16).numpy() for p in parts), packed)
-        ours.append(packed)
-        theirs.append(parts)
-    read = Move("read_ahead", threads, cpu.aligned_empty(256 << 20))
-    rows = []
-    for m in ROWS:
-        x = torch.from_numpy(rng.standard_normal((m, HIDDEN)).astype(np.float32)).bfloat16()
-        x_bits, out, slots = (
-            x.view(torch.uint16).numpy(),
-            np.empty((m, HIDDEN), np.float32),
-            np.arange(m, dtype=np.int32),
-        )
-
-        def run_ours(i: int, x_bits: np.ndarray = x_bits, out: np.ndarray = out, slots: np.ndarray = slots) -> None:
-            kernels.experts(x_bits, [ours[i % N_EXPERTS]], [slots], out, INTERMEDIATE)
-
-        def run_torch(i: int, x: torch.Tensor = x) -> torch.Tensor:
-            gate, up, down = theirs[i % N_EXPERTS]
-            f = torch.nn.functional
-            return f.linear(f.silu(f.linear(x, gate)) * f.linear(x, up), down)
-
-        samples: dict[str, list[float]] = {"ours": [], "torch": [], "read": []}
-        for i in range(ROUNDS + 2):
-            pair = {"ours": seconds_of(lambda i=i: run_ours(i)), "torch": seconds_of(lambda i=i: run_torch(i + 7))}
-            pair["read"] = read.run().seconds
-            if i >= 2:
-                for name, seconds in pair.items():
-                    samples[name].append(seconds)
-        ratio, low, high, _ = paired_ratios(samples["torch"], samples["ours"])
-        seconds = float(np.median(samples["ours"]))
-        n_bytes = len(ours[0])
-        rows.append(
-            {
-                "rows": m,
-                "ours_us": round(seconds * 1e6, 1),
-                "torch_us": round(float(np.median(samples["torch"])) * 1e6, 1),
-                "torch_over_ours": round(ratio, 2),
-                "low": round(low, 2),
-                "high": round(high, 2),
-                "gflop_per_s": round(6 * HIDDEN * INTERMEDIATE * m / seconds / 1e9, 1),
-                "weight_gb_per_s": round(n_bytes / seconds / 1e9, 1),
-                "dram_gb_per_s": round(read.n_bytes / float(np.median(samples["read"])) / 1e9, 1),
-                "cpu": machine().cpu,
-                "isa": kernels.isa,
-                "threads": threads,
-            }
-        )
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("cpu", "isa", "threads")))
-    pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="of each expert")
+    parser.add_argument("--no-peers", action="store_true")
+    options = parser.parse_args()
+    n_threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(n_threads)
+    roofs = {kind: Roof(n_threads, kind) for kind in ("bf16_dot", "int8_dot")}
+    about = {"cpu": machine().cpu, "isa": cpu.Kernels(n_threads).isa, "threads": n_threads}
+    print(about)
+    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
+        writer = None
+        for name in options.shapes:
+            shape = SHAPES[name]
+            peers_for = (lambda x: {}) if options.no_peers else peers(shape)
+            for format in options.formats:
+                n_bytes, call_for = ours(shape, format, n_threads)
+                roof = roofs["bf16_dot" if format == "bf16" else "int8_dot"]
+                for n in options.tokens:
+                    x = torch.randn(shape.n_experts, n, shape.hidden).bfloat16()
+                    found = take_turns(call_for(x), peers_for(x), roof, n_bytes, 2 * shape.weights * n)
+                    share, low, high, _ = paired_ratios(found.roof, found.ours)
+                    seconds, (best, best_s) = float(np.median(found.ours)), found.best_peer()
+                    rates = np.median(found.rates, axis=0)
+                    row = {
+                        "shape": name,
+                        "format": format,
+                        "tokens": n,
+                        "us": round(seconds * 1e6, 1),
+                        "roof_share": round(share, 3),
+                        "low": round(low, 3),
+                        "high": round(high, 3),
+                        "bound": "memory" if n_bytes / rates[0] > 2 * shape.weights * n / rates[1] else "compute",
+                        "weight_gb_per_s": round(n_bytes / seconds / 1e9, 1),
+                        "dram_gb_per_s": round(rates[0] / 1e9, 1),
+                        "gop_per_s": round(2 * shape.weights * n / seconds / 1e9, 1),
+                        "peak_gop_per_s": round(rates[1] / 1e9, 1),
+                        "best_peer": best,
+                        "best_peer_over_ours": round(best_s / seconds, 2),
+                        "pairs": len(found.ours),
+                    }
+                    if writer is None:
+                        writer = csv.DictWriter(file, [*row, *about])
+                        writer.writeheader()
+                        print("  ".join(row))
+                    writer.writerow(row | about)
+                    file.flush()
+                    print("  ".join(str(value).rjust(len(key)) for key, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

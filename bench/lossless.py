@@ -19,6 +19,7 @@ from rich.progress import track
 
 from specmoeoff.demo import prompts_path
 from specmoeoff.runtime.batch_files import read_batch, to_request
+from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import default_draft, model_folder
 from specmoeoff.runtime.observe import observing_experts, observing_residents
@@ -49,17 +50,20 @@ def run_grid(
     target: PackedModel,
     draft: PackedModel,
     requests: Sequence[Request],
-    drafters: Sequence[DrafterName] = ("ngram", "model"),
+    head: EagleHead | None = None,
     accept_: Callable[[list[int], list[int]], int] = accept,
 ) -> Iterator[Cell]:
     """Cell after cell; the requests are dealt out to them in turn."""
-    n_cells = len(drafters) * len(DRAFT_LENGTHS) * len(BATCHES)
+    n_cells = (3 if head else 2) * len(DRAFT_LENGTHS) * len(BATCHES)
     context = max(len(r.prompt) + r.max_tokens for r in requests)
     experts = observing_experts(target.spec, observing_residents(target))
     threads = PlanThreads(compute=len(os.sched_getaffinity(0)), disk_readers=2, disk_chunk_bytes=1 << 20)
     plain: dict[str, list[int]] = {}
     cell = 0
-    for batch in sorted(BATCHES, reverse=True):
+    kinds: list[tuple[PackedModel | EagleHead, tuple[DrafterName, ...]]] = [(draft, ("ngram", "model"))]
+    if head:
+        kinds.append((head, ("eagle",)))
+    for batch, (drafting, drafters) in product(sorted(BATCHES, reverse=True), kinds):
         widest = PlanDecode(
             drafter=drafters[0],
             draft_length=max(DRAFT_LENGTHS),
@@ -68,7 +72,7 @@ def run_grid(
             context_tokens=context,
             prefill_chunk_tokens=256,
         )
-        with Engine(target, draft, widest, experts, threads) as engine:
+        with Engine(target, drafting, widest, experts, threads) as engine:
 
             def outputs(todo: Sequence[Request], engine: Engine = engine) -> tuple[dict[str, list[int]], float]:
                 """Of requests, and tokens a round, over the windows in which nobody's prompt rode along."""
@@ -111,15 +115,17 @@ def mixed_requests(model: str, n: int) -> list[Request]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="of all cells together")
+    parser.add_argument("--eagle", type=Path, metavar="HEAD", help="also a head that tools/train_eagle.py trained")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
-    n_cells = 2 * len(DRAFT_LENGTHS) * len(BATCHES)
+    n_cells = (3 if options.eagle else 2) * len(DRAFT_LENGTHS) * len(BATCHES)
     if options.requests < FEWEST * n_cells:
         parser.error(f"--requests must be at least {FEWEST * n_cells}: {FEWEST} for each of {n_cells} cells")
     requests = mixed_requests("demo", options.requests)
     target, draft = (pack_model(model_folder(name)) for name in ("demo", default_draft("demo") or ""))
+    head = load_eagle_head(options.eagle, target.spec) if options.eagle else None
     print(f"plain decoding of {len(requests)} requests first, then the cells", file=sys.stderr)
-    cells = [asdict(c) for c in track(run_grid(target, draft, requests), "cells", n_cells, auto_refresh=False)]
+    cells = [asdict(c) for c in track(run_grid(target, draft, requests, head), "cells", n_cells, auto_refresh=False)]
     table = pd.DataFrame(cells).round({"tokens_per_round": 2, "seconds": 2})
     table.to_csv(options.output, index=False)
     print(table.to_string(index=False))

@@ -14,11 +14,11 @@ from specmoeoff.runtime.batch_files import (
     Body,
     find_problem,
     read_batch,
+    text_of,
     to_request,
     to_response,
 )
 from specmoeoff.runtime.loading import Progress, load_runnable, open_plan
-from specmoeoff.runtime.serving.protocol import text_of
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.validate import Options, Validator
 from specmoeoff.specs.plan import Plan
@@ -36,10 +36,7 @@ class Engine(runtime.Engine):
         self, plan: Plan, disk_limit_gb_per_s: float | None = None, progress: Progress = lambda *_: None
     ) -> None:
         opened = open_plan(plan, progress)
-        limit = disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s
-        lengths = plan.outlook.draft_lengths if plan.outlook else ()
-        settings = (plan.decode, plan.experts, plan.threads, limit)
-        super().__init__(opened.target, opened.draft, *settings, draft_lengths=lengths)
+        super().__init__(**runtime.engine_settings(plan, opened, disk_limit_gb_per_s))
         self.model_name, self.tokenizer = plan.model.name, opened.tokenizer
 
 

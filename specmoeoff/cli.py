@@ -30,9 +30,16 @@ app = typer.Typer(
 
 COMPARED_ROWS = 40
 
-Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or `demo`.")]
+Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, GGUF file, or `demo`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", help="Dense model, or eagle:HEAD, a head's folder; default: what comes with the model."),
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="bf16 or fp32: of weights, activations and KV cache.")
+]
 DiskLimit = Annotated[float | None, typer.Option("--disk-limit-gb-per-s", help="Cap the disk lane.")]
 
 
@@ -159,18 +166,22 @@ def _check_disk_limit(value: float | None) -> None:
     _check_range("--disk-limit-gb-per-s", value, 0.01, 1000.0)
 
 
-def _open_models(model: str, bar: Bar) -> tuple[Any, Any, Any]:
-    """Packed target, packed draft or None, and the tokenizer."""
+def _check_precision(precision: str) -> None:
+    if precision not in ("bf16", "fp32"):
+        raise BadInput(f"--precision {precision}: choose bf16 or fp32.")
+
+
+def _open_target(model: str, bar: Bar, precision: Any = "bf16") -> tuple[Any, Any]:
+    """Packed target and the tokenizer."""
     from specmoeoff.runtime.checkpoint import read_model_spec
-    from specmoeoff.runtime.loading import default_draft, model_folder
+    from specmoeoff.runtime.loading import model_folder
     from specmoeoff.runtime.pack import pack_model
     from specmoeoff.runtime.tokenizer import Tokenizer
 
-    folder, source = model_folder(model), default_draft(model)
+    folder = model_folder(model)
     read_model_spec(folder)
     tokenizer = Tokenizer(folder)  # before packing, which may take minutes
-    target = pack_model(folder, bar.count)
-    return target, pack_model(model_folder(source), bar.count) if source else None, tokenizer
+    return pack_model(folder, bar.count, precision), tokenizer
 
 
 @app.command()
@@ -192,6 +203,8 @@ def doctor(as_json: Json = False) -> None:
 def profile(
     output: Output = Path("profile.json"),
     model: Annotated[list[str] | None, typer.Option("--model", help="Also measure this model's operators.")] = None,
+    draft: Draft = None,
+    precision: PrecisionOption = "bf16",
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.")] = 60.0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
@@ -201,16 +214,20 @@ def profile(
 ) -> None:
     """Measure the machine: peaks, memory, disk, and a model's operators."""
     from specmoeoff.roofline.profile import measure_profile
-    from specmoeoff.runtime.loading import model_folder
+    from specmoeoff.runtime.loading import find_draft, model_folder
 
     _check_files({"--output": output}, {})
     _check_range("--budget", budget, 5.0, 86400.0)
+    _check_precision(precision)
+    if draft and not model:
+        raise BadInput("--draft: drafts for a model; add --model.")
     with progress("opening the model", as_json) as bar:
         specs, disk_file = [], None
         for name in model or []:
-            target, draft, _ = _open_models(name, bar)
+            target, _ = _open_target(name, bar, precision)
             disk_file = disk_file or target.expert_path
-            specs += [target.spec, *([draft.spec] if draft else [])]
+            found = find_draft(name, draft, target.spec)
+            specs += [target.spec, *([found.spec] if found else [])]
         checkpoint = model_folder(model[0]) if model else None
         result = measure_profile(specs, budget, disk_file, progress=bar, strict=strict, checkpoint=checkpoint)
     result.save(output)
@@ -262,7 +279,8 @@ def workload(
     drafter: Annotated[
         list[str] | None,
         typer.Option(
-            "--drafter", help="model, ngram or eagle:HEAD, a head's folder; default: all that come with the model."
+            "--drafter",
+            help="ngram, model:FOLDER, model, which comes with the model, or eagle:HEAD; default: all that come with it.",
         ),
     ] = None,
     requests: Annotated[int, typer.Option("--requests", help="Use at most this many.", min=1)] = 32,
@@ -274,7 +292,7 @@ def workload(
     """Measure lengths, acceptance by draft position, and how experts are used."""
     from specmoeoff.files import read_text, sha256_text
     from specmoeoff.runtime.batch_files import read_batch, to_request
-    from specmoeoff.runtime.drafters.eagle import load_eagle_head
+    from specmoeoff.runtime.loading import default_draft, find_draft
     from specmoeoff.runtime.observe import observe, observing_residents
     from specmoeoff.specs.plan import PlanThreads
 
@@ -282,16 +300,21 @@ def workload(
     with progress("opening the model", as_json) as bar:
         path = prompts or _demo_prompts(model)
         given = read_batch(path)[:requests]
-        target, draft, tokenizer = _open_models(model, bar)
+        target, tokenizer = _open_target(model, bar)
         todo = [to_request(line, tokenizer, target.spec, ignore_eos, output_tokens) for line in given]
         drafts: dict[str, Any] = {}
-        for choice in drafter or (["model", "ngram"] if draft else ["ngram"]):
-            name, _, head = choice.partition(":")
-            if choice not in ("model", "ngram") and not (name == "eagle" and head):
-                raise BadInput(f"--drafter {choice}: choose model, ngram or eagle:HEAD.")
-            if name == "model" and draft is None:
-                raise BadInput(f"--drafter model: {model} has no draft model.")
-            drafts[name] = load_eagle_head(head, target.spec) if head else draft if name == "model" else None
+        for choice in drafter or (["model", "ngram"] if default_draft(model) else ["ngram"]):
+            name, _, folder = choice.partition(":")
+            if choice not in ("model", "ngram") and not (name in ("model", "eagle") and folder):
+                raise BadInput(f"--drafter {choice}: choose ngram, model, model:FOLDER or eagle:HEAD.")
+            found = (
+                None
+                if name == "ngram"
+                else find_draft(model, choice.removeprefix("model:" if folder else "model"), target.spec)
+            )
+            if name == "model" and found is None:
+                raise BadInput(f"--drafter model: {model} has no draft model; name one with model:FOLDER.")
+            drafts[name] = found.open(target.spec, bar.count) if found else None
         threads = PlanThreads(compute=_n_cores(), disk_readers=2, disk_chunk_bytes=1 << 20)
         held = observing_residents(target)
         result = observe(target, drafts, todo, threads, batch, held, path.stem, lambda s: bar("decoding", s))  # type: ignore[arg-type]
@@ -323,7 +346,9 @@ def _demo_prompts(model: str) -> Path:
 @app.command()
 def tune(
     profile: Annotated[str, typer.Option("--profile", help="Hardware profile: a file, or a shipped name.")],
-    model: Annotated[str, typer.Option("--model", help="Checkpoint folder, `demo`, or the name of a shipped shape.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Checkpoint folder, GGUF file, `demo`, or the name of a shipped shape.")
+    ],
     workload: Annotated[str, typer.Option("--workload", help="Workload of this model: a file, or a shipped name.")],
     output: Output = Path("plan.toml"),
     fast_memory: Annotated[
@@ -342,9 +367,15 @@ def tune(
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens a request may have; default: the workload's.", min=1)
     ] = None,
+    draft: Draft = None,
+    precision: PrecisionOption = "bf16",
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option("--kv-tokens", help="Tokens the KV cache holds; default: every live request's context.", min=1),
+    ] = None,
     disk_limit_gb_per_s: DiskLimit = None,
     search: Annotated[str, typer.Option("--search", help="exhaustive or optuna.")] = "exhaustive",
-    trials: Annotated[int, typer.Option("--trials", help="For optuna.", min=1)] = 200,
+    trials: Annotated[int | None, typer.Option("--trials", help="Of optuna; default: 200.", min=1)] = None,
     measure: Annotated[
         int,
         typer.Option(
@@ -353,7 +384,7 @@ def tune(
             min=0,
         ),
     ] = 0,
-    storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage: a URL or a journal file.")] = None,
+    storage: Annotated[str | None, typer.Option("--storage", help="Of optuna: a URL or a journal file.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     output_tokens: Annotated[
         int | None,
@@ -373,7 +404,7 @@ def tune(
     """Choose draft length, batch, placement, prefetch, micro-batches and threads."""
     from specmoeoff.profiles import find, names
     from specmoeoff.runtime.checkpoint import read_model_spec
-    from specmoeoff.runtime.loading import default_draft, model_folder
+    from specmoeoff.runtime.loading import find_draft, model_folder
     from specmoeoff.runtime.process import available_bytes
     from specmoeoff.runtime.trial import rate_in_own_process
     from specmoeoff.specs.model import ModelShape
@@ -386,30 +417,44 @@ def tune(
     inputs = {"--profile": profile_file, "--workload": workload_file, "--calibrate": calibrate}
     _check_files({"--output": output, "--trace": trace}, inputs)
     _check_disk_limit(disk_limit_gb_per_s)
+    _check_precision(precision)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
+    for option, value in (("--trials", trials), ("--storage", storage)):
+        if value is not None and search == "exhaustive":
+            raise BadInput(f"{option}: the exhaustive search has none; add --search optuna, or leave {option} out.")
     machine_profile = HardwareProfile.load(profile_file)
     behaviour = Workload.load(workload_file).with_output_tokens(output_tokens)
     here = machine_profile.machine.gpu is None
-    is_shape, source = model in names("models") and not Path(model).exists(), default_draft(model)
+    is_shape = model in names("models") and not Path(model).exists()
     folder = None if is_shape else model_folder(model)
+    spec = read_model_spec(folder) if folder else ModelShape.load(find("models", model)).model
+    spec = spec.model_copy(update={"precision": precision})
+    found = find_draft(model, draft, spec)
+    if draft and found and found.drafter not in behaviour.acceptance:
+        raise BadInput(
+            f"--draft {draft}: workload {behaviour.name} does not tell how much of it is accepted; measure that with "
+            f"`specmoeoff workload --drafter {'' if found.drafter == 'eagle' else 'model:'}{draft}`."
+        )
     with progress("tuning", as_json) as bar:
         request = TuneRequest(
             profile=machine_profile,
-            model=read_model_spec(folder) if folder else ModelShape.load(find("models", model)).model,
+            model=spec,
             workload=behaviour,
             model_source=str(folder.resolve()) if folder and model != "demo" else model,
             host_memory_bytes=parse_bytes(host_memory, "--host-memory")
             if host_memory
             else (int(0.9 * available_bytes()) if here else machine_profile.machine.ram_bytes),
-            draft=read_model_spec(model_folder(source)) if source else None,
-            draft_source=source,
+            draft=found.spec if found else None,
+            draft_source=found.source if found else None,
+            drafter=found.drafter if found else "model",
             fast_memory_bytes=parse_bytes(fast_memory, "--fast-memory") if fast_memory else None,
             batch=batch,
             context_tokens=context,
+            kv_tokens=kv_tokens,
             disk_limit_gb_per_s=disk_limit_gb_per_s,
             search=search,  # type: ignore[arg-type]
-            trials=trials,
+            **({"trials": trials} if trials else {}),
             seed=seed,
             storage=storage,
             command=" ".join(["specmoeoff", *sys.argv[1:]]),
@@ -417,8 +462,14 @@ def tune(
             measure=rate_in_own_process if measure else None,
             progress=lambda share: bar("tuning", share),
         )
-        if trace and plans_for_gpu(request):
-            raise BadInput("--trace: windows of a machine with a GPU cannot be traced yet; leave --trace out.")
+        only_without_gpu = {
+            "--trace": trace,
+            "--draft": draft,
+            "--kv-tokens": kv_tokens,
+            "--precision fp32": precision == "fp32",
+        }
+        for option in [name for name, value in only_without_gpu.items() if value and plans_for_gpu(request)]:
+            raise BadInput(f"{option}: is not for plans of a machine with a GPU yet; leave it out.")
         calibration: dict[str, Any] = {}
         if calibrate:
             request, calibration = _refit(request, calibrate)
@@ -825,7 +876,8 @@ def _model_of(plan: "Plan") -> Any:
     from specmoeoff.runtime.loading import model_folder
 
     try:
-        return read_model_spec(model_folder(plan.model.source))
+        spec = read_model_spec(model_folder(plan.model.source))
+        return spec.model_copy(update={"precision": plan.model.precision})
     except SpecMoEOffError:
         return None
 

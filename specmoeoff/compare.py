@@ -45,7 +45,7 @@ def compare(a: Path, b: Path) -> list[Row]:
         raise BadInput(f"{a} is a {first.what} and {b} a {second.what}; give two of a kind.")
     ours, theirs = _numbers(first), _numbers(second)
     if isinstance(first, HardwareProfile) and isinstance(second, HardwareProfile):
-        _same_modes(ours, theirs, first.quality.modes, second.quality.modes)
+        _same_modes(ours, theirs, _speeds(first), _speeds(second))
     rows = [
         Row(name, unit, value, theirs[name][0])
         for name, (value, unit) in ours.items()
@@ -56,13 +56,23 @@ def compare(a: Path, b: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row.ratio)
 
 
-def _same_modes(ours: Numbers, theirs: Numbers, our_modes: Modes, their_modes: Modes) -> None:
+def _same_modes(ours: Numbers, theirs: Numbers, our_speeds: Modes, their_speeds: Modes) -> None:
     """A machine that flips between two speeds is compared speed by speed: in place of each value, the two that are nearest."""
-    for name in {*our_modes, *their_modes} & ours.keys() & theirs.keys():
-        (a, unit), (b, _) = ours[name], theirs[name]
-        pairs = product(our_modes.get(name, (a,)), their_modes.get(name, (b,)))
-        a, b = min(pairs, key=lambda pair: abs(log(pair[0] / pair[1])))
-        ours[name], theirs[name] = (a, unit), (b, unit)
+    for name in our_speeds.keys() & their_speeds.keys() & ours.keys() & theirs.keys():
+        if len(our_speeds[name]) + len(their_speeds[name]) == 2:
+            continue
+        a, b = min(product(our_speeds[name], their_speeds[name]), key=lambda pair: abs(log(pair[0] / pair[1])))
+        ours[name], theirs[name] = (a, ours[name][1]), (b, theirs[name][1])
+
+
+def _speeds(profile: HardwareProfile) -> Modes:
+    """The modes of every bandwidth: where it has but one, the median of its samples, as a mode is."""
+    named = {f"{roof.name}, {roof.n_threads} threads": roof.rate for roof in profile.memory if roof.device == "cpu"}
+    if profile.disk:
+        named["disk"] = profile.disk.read_gb_per_s
+    return {name: (median(rate.samples or (rate.value,)),) for name, rate in named.items()} | dict(
+        profile.quality.modes
+    )
 
 
 def _load(path: Path) -> HardwareProfile | RunRecord:

@@ -212,6 +212,8 @@ def test_too_little_memory_is_exit_1_with_the_smallest_change(
     refused(done, 1, "fast memory", "bytes", "smallest change", "--fast-memory")
     assert not (tmp_path / "plan.toml").exists()
     refused(run("tune", *arguments, "-o", tmp_path / "no" / "plan.toml"), 2, "does not exist")
+    for option, value in (("--trials", 5), ("--storage", "study")):
+        refused(run("tune", *arguments, "-o", tmp_path / "plan.toml", option, value), 2, option, "--search optuna")
 
 
 def test_a_plan_names_its_model_so_that_it_is_found_from_anywhere(

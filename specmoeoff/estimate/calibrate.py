@@ -11,7 +11,7 @@ from specmoeoff.specs.profile import HardwareProfile, OperatorTable
 from specmoeoff.specs.record import RunRecord
 
 OPERATORS = {
-    "attention": ("attention_block", "attention"),
+    "attention": ("attention_block", "dense_block", "attention", "window_attention"),
     "experts": ("experts", "expert", "combine"),
     "head": ("head",),
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.memory import expert_stride
-from specmoeoff.estimate.tables import OperatorTimes, find_table, wake_s
+from specmoeoff.estimate.tables import OperatorTimes, find_table, layer_operators, wake_s
 from specmoeoff.pipeline import Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
@@ -38,17 +38,22 @@ class ModelTimes:
             return find_table(profile, operator, spec.shape_key, n_threads, disk_share)
 
         self.spec = spec
-        self.context, self.head = table("attention"), table("head")
+        self.head, self.combine = table("head"), table("combine")
         if spec.n_experts == 1:
             self.dense_layer = table("dense_layer")
-        self.block, self.combine = table("attention_block"), table("combine")
+        self.layers = [layer_operators(spec, layer) for layer in range(spec.n_layers)]
+        self._attention = {name: table(name) for name in dict.fromkeys(name for layer in self.layers for name in layer)}
         self.expert, self.experts = table("expert"), table("experts")
 
-    def over_context(self, requests: Sequence[RequestTokens]) -> float:
+    def block(self, layer: int, rows: float) -> float:
+        """One layer's attention block, with nothing in the KV cache."""
+        return self._attention[self.layers[layer][0]](rows)
+
+    def over_context(self, layer: int, requests: Sequence[RequestTokens]) -> float:
         """What one layer's attention to what is in the KV cache adds, over a ragged batch."""
         n = len(requests)
         rows = sum(r.n_tokens for r in requests)
-        return n * self.context(rows / n, sum(r.context for r in requests) / n)
+        return n * self._attention[self.layers[layer][1]](rows / n, sum(r.context for r in requests) / n)
 
 
 class Prices:
@@ -98,6 +103,7 @@ class Prices:
         key = (
             streams,
             node.kind,
+            self._times[streams][0].layers[node.layer],
             node.rows,
             uses,
             len(node.requests),
@@ -111,7 +117,7 @@ class Prices:
     def _operator(self, node: Node, target: ModelTimes, draft: ModelTimes | None = None) -> float:
         match node.kind:
             case "attention":
-                return target.block(node.rows) + target.over_context(node.requests)
+                return target.block(node.layer, node.rows) + target.over_context(node.layer, node.requests)
             case "experts" | "expert":
                 per_slot = target.combine(COMBINE_ROWS) / COMBINE_ROWS / target.spec.n_active
                 seconds = target.expert if node.kind == "expert" else target.experts
@@ -121,7 +127,10 @@ class Prices:
             case "draft":
                 if draft is None:
                     raise BadInput("the plan drafts with a model, but no draft model was given.")
-                layer = draft.dense_layer(node.rows) + draft.over_context(node.requests)
-                return draft.spec.n_layers * layer + draft.head(len(node.requests))
+                spec = draft.spec
+                # An EAGLE head's linear map runs at its layer's rate.
+                more = 1.0 + spec.other_layer_params / (spec.attention_params + spec.expert_params)
+                layer = more * draft.dense_layer(node.rows) + draft.over_context(0, node.requests)
+                return spec.n_layers * layer + draft.head(len(node.requests))
             case _:
                 return 0.0

@@ -111,7 +111,8 @@ def make_problem(spec: ModelSpec, workload: Workload, request_tokens: int | None
     if workload.popularity is None:
         popularity = zipf_popularity(spec.n_experts, spec.n_active, workload.popularity_zipf)
     else:
-        popularity = np.sort(np.asarray(workload.popularity), axis=1)[:, ::-1].mean(axis=0)
+        of_experts = np.asarray(workload.popularity)[spec.n_dense_layers :]
+        popularity = np.sort(of_experts, axis=1)[:, ::-1].mean(axis=0)
     context = workload.middle_context_tokens
     return Problem(
         spec=spec,

@@ -3,13 +3,17 @@
 from specmoeoff.kernels.cpu import (
     HALVES,
     PAGE_TOKENS,
+    SILU,
     LayerShape,
+    Swiglu,
     packed_expert_bytes,
     packed_linear_bytes,
     scratch_bytes,
 )
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import PlanDecode, PlanMemory
+
+GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
 
 
 def expert_stride(spec: ModelSpec) -> int:
@@ -66,12 +70,20 @@ def layer_arrays(spec: ModelSpec, layer: int) -> list[str]:
     return [name for name in (*shape.vectors, *shape.matrices) if has.get(name, True)]
 
 
+def expert_activation(spec: ModelSpec) -> Swiglu:
+    """Of a routed expert."""
+    return GPT_OSS_SWIGLU if spec.architecture == "gpt_oss" else SILU
+
+
 def dense_bytes(spec: ModelSpec) -> int:
     """Embedding, head, norms, attention projections, routers and shared feed-forwards as packed."""
-    n_bytes = 2 * HALVES[spec.precision] * spec.vocab * spec.hidden + packed_linear_bytes(
-        spec.vocab, spec.hidden, spec.precision
-    )
-    n_bytes += 4 * spec.hidden
+    embedding = 2 * HALVES[spec.precision] * spec.vocab * spec.hidden
+    head = packed_linear_bytes(spec.vocab, spec.hidden, spec.precision)
+    return embedding + head + 4 * spec.hidden + _layers_bytes(spec)
+
+
+def _layers_bytes(spec: ModelSpec) -> int:
+    n_bytes = 0
     for layer in range(spec.n_layers):
         shape = layer_shape(spec, layer)
         for name in layer_arrays(spec, layer):
@@ -82,11 +94,21 @@ def dense_bytes(spec: ModelSpec) -> int:
     return n_bytes
 
 
-def kv_bytes(spec: ModelSpec, decode: PlanDecode) -> int:
-    """Pages for `kv_tokens`, or for `batch` requests of `context_tokens`, and the spare page."""
+def eagle_bytes(head: ModelSpec) -> int:
+    """An EAGLE head's layer and linear map; embedding and output matrix are the target's."""
+    linear = packed_linear_bytes(head.hidden, 2 * head.hidden, head.precision)
+    return _layers_bytes(head) + packed_expert_bytes(head.hidden, head.intermediate, head.precision) + linear
+
+
+def _n_pages(decode: PlanDecode) -> int:
+    """For `kv_tokens`, or for `batch` requests of `context_tokens`, and the spare page."""
     whole = decode.batch * -(-decode.context_tokens // PAGE_TOKENS)
-    n_pages = 1 + (-(-decode.kv_tokens // PAGE_TOKENS) if decode.kv_tokens else whole)
-    return spec.n_layers * n_pages * layer_shape(spec).kv.page_bytes
+    return 1 + (-(-decode.kv_tokens // PAGE_TOKENS) if decode.kv_tokens else whole)
+
+
+def kv_bytes(spec: ModelSpec, decode: PlanDecode) -> int:
+    """Of all pages."""
+    return spec.n_layers * _n_pages(decode) * layer_shape(spec).kv.page_bytes
 
 
 def workspace_bytes(spec: ModelSpec, max_rows: int, n_positions: int) -> int:
@@ -119,9 +141,13 @@ def plan_memory(
         "dense_weights": dense_bytes(spec),
         "kv": kv_bytes(spec, decode),
     }
-    if draft is not None and decode.drafter == "model":
-        host["draft_weights"] = dense_bytes(draft) + draft.n_all_experts * expert_stride(draft)
+    if draft is not None and decode.drafter in ("model", "eagle"):
         host["draft_kv"] = kv_bytes(draft, decode)
+        if decode.drafter == "eagle":
+            host["draft_weights"] = eagle_bytes(draft)
+            host["draft_features"] = _n_pages(decode) * PAGE_TOKENS * draft.hidden * 2 * HALVES[draft.precision]
+        else:
+            host["draft_weights"] = dense_bytes(draft) + draft.n_all_experts * expert_stride(draft)
         workspace += workspace_bytes(draft, rows, decode.context_tokens)
     host["workspace"] = workspace
     fast = {"resident_experts": n_resident * stride, "stream_slots": stream_slots * stride}

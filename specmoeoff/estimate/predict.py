@@ -45,7 +45,7 @@ def expert_uses(
     layers = []
     for layer in range(spec.n_layers):
         resident, prefetch = set(experts.resident[layer]), experts.prefetch[layer]
-        others = [e for e in range(spec.n_experts) if e not in resident and e not in prefetch]
+        others = [e for e in range(spec.n_experts_of(layer)) if e not in resident and e not in prefetch]
         order = [*((e, "resident") for e in sorted(resident)), *((e, "prefetch") for e in prefetch)]
         order += [(e, "demand") for e in others]
         layers.append(
@@ -68,9 +68,11 @@ def window_shape(
     """The expected window over live requests at these contexts, all decoding."""
     k, n = decode.draft_length if decode.drafter != "none" else 0, len(contexts)
     drafts: list[tuple[RequestTokens, ...]] = []
-    if decode.drafter == "model" and k:
-        again = all_accepted(workload.acceptance["model"].conditional, k)
-        drafts = [tuple(RequestTokens(1.0 + again * (step == 0), c + step) for c in contexts) for step in range(k)]
+    if decode.drafter in ("model", "eagle") and k:
+        rates = workload.acceptance[decode.drafter].conditional
+        # A model lacks its own last token where all were accepted; a head takes all accepted ones again, from true states.
+        first = expected_tokens(rates, k) if decode.drafter == "eagle" else 1.0 + all_accepted(rates, k)
+        drafts = [tuple(RequestTokens(first if step == 0 else 1.0, c + step) for c in contexts) for step in range(k)]
     parts = np.array_split(np.arange(n), min(decode.micro_batches, n))
     micro_batches = tuple(tuple(RequestTokens(k + 1.0, contexts[i]) for i in part) for part in parts)
     return WindowShape(tuple(drafts), micro_batches, expert_uses(spec, workload, experts, n, k + 1), n * (k + 1.0))

@@ -8,7 +8,15 @@ from functools import cached_property
 import numpy as np
 
 from specmoeoff.errors import BadInput
+from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile, OperatorTable
+
+
+def layer_operators(spec: ModelSpec, layer: int) -> tuple[str, str]:
+    """Names of a layer's attention block and of what a context adds to it: first layers with a dense block in place of experts
+    and layers that see a window only have tables of their own."""
+    block = "dense_block" if layer < spec.n_dense_layers else "attention_block"
+    return block, "window_attention" if spec.window_of(layer) else "attention"
 
 
 class OutOfRange(BadInput):
@@ -39,7 +47,8 @@ class OperatorTimes:
         """By what share beside the disk: between the sizes measured on their logarithm, beyond them as at the nearest."""
         if not self._slowdown:
             return 0.0
-        return float(np.interp(math.log(max(size, 1.0)), *zip(*self._slowdown, strict=True)))
+        sizes, longer = zip(*self._slowdown, strict=True)
+        return float(np.interp(math.log(max(size, 1.0)), sizes, longer))
 
     def _alone(self, *sizes: float) -> float:
         grid = self._table.grid

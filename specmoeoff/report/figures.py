@@ -63,7 +63,7 @@ def throughput(plan: Plan, record: RunRecord | None) -> Picture:
     if measured:
         axis.legend(frameon=False, fontsize=9, loc="upper left")
     axis.set(xlabel="draft length k (0: plain decoding)", ylabel="tokens per second, all requests", ylim=(0, None))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     base, best = plan.plain.predicted.tokens_per_s, plan.predicted.tokens_per_s
     title(axis, f"Drafting {plan.decode.draft_length} tokens is predicted to give {best / base:.1f}x plain decoding")
     caption = "Plain and chosen length: medians of paired blocks. The other lengths ran a few windows each; their tokens per round vary."
@@ -126,7 +126,7 @@ def breakdown(plan: Plan, record: RunRecord | None) -> Picture:
     if handles:
         axis.legend(frameon=False, fontsize=8, ncols=min(4, len(handles)), loc="upper left", bbox_to_anchor=(0, -0.13))
     axis.set(xlabel="draft length k", ylabel="seconds of one window")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     waits = plan.predicted.phases_s.get("wait", 0.0) / plan.predicted.window_s
     title(axis, f"At k = {plan.decode.draft_length} the compute lane waits for the disk {waits:.0%} of the window")
     return Picture("breakdown", "Left of each pair (p): predicted; right (m): measured, medians.", figure, table)

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     from specmoeoff.report.style import Picture
 
+PICTURES, TABLES = ("roofline", "throughput", "breakdown", "timeline", "memory"), ("numbers", "pairs", "accuracy")
+OWN_FILES = [name + suffix for name in PICTURES for suffix in (".svg", ".png", ".csv")] + [
+    f"{name}.csv" for name in TABLES
+]
+
 
 def write_report(
     out_html: Path,
@@ -81,6 +86,9 @@ def write_report(
         written.append(folder / f"{name}.csv")
     html = _render(profile, plan, record, sections, missing, numbers)
     write_atomic(out_html, html)
+    for path in {folder / name for name in OWN_FILES} - {*written}:  # an earlier report's, which had more to show
+        with explain_os_errors(path):
+            path.unlink(missing_ok=True)
     return written
 
 

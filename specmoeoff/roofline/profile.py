@@ -138,7 +138,8 @@ def measure_profile(
     `disk_file` is read if given; `checkpoint` is a folder whose tokenizer counts as part of a running process.
     """
     begun = time.perf_counter()
-    me, waived, pressure, steal = machine(), {}, _pressure(), _steal()
+    me, pressure, steal = machine(), _pressure(), _steal()
+    waived: dict[str, str] = {}
     counts, tally = sorted({1, me.n_cores}), cpu_probes.Tally()
     progress("arithmetic peaks", 0.0)
     clock = [cpu_probes.clock_ghz()]

@@ -97,8 +97,12 @@ class Body(BaseModel):
         return Sampling(self.temperature or 0.0, self.top_k or 0, top_p, self.min_p or 0.0, seed)
 
 
+# By route, the field of the body that holds its prompt.
+PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+
+
 class BatchLine(BaseModel):
-    """One line of a batch file. `problem`: why this request cannot be answered, where it can be told from the rest."""
+    """One line of a batch file; without a url its prompt's shape tells which. `problem`: why this request cannot be answered, where it can be told from the rest."""
 
     model_config = ConfigDict(frozen=True)
     custom_id: str = Field(min_length=1)
@@ -106,6 +110,14 @@ class BatchLine(BaseModel):
     url: str = "/v1/chat/completions"
     body: Body
     problem: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_of_the_prompt(cls, value: Any) -> Any:
+        body = value.get("body") if isinstance(value, dict) else None
+        if isinstance(body, dict) and body.get("messages") is None and "prompt" in body:
+            return {"url": "/v1/completions", **value}
+        return value
 
     @property
     def is_chat(self) -> bool:
@@ -160,10 +172,12 @@ def _parse_line(text: str, where: str) -> BatchLine:
 
 def find_problem(url: str, body: Body) -> str:
     """Why this request cannot be answered, where its fields alone tell; empty if they do not."""
-    if url not in ("/v1/chat/completions", "/v1/completions"):
+    if url not in PROMPT_FIELDS:
         return f"url {url!r} is not served; use /v1/chat/completions or /v1/completions."
     if (body.messages is None) == (body.prompt is None):
         return "body: exactly one of `messages` and `prompt` is needed."
+    if getattr(body, PROMPT_FIELDS[url]) is None:
+        return f"url {url} takes `{PROMPT_FIELDS[url]}`; change the body or the url."
     if body.n not in (None, 1):
         return f"body.n is {body.n}; one answer per request is available: send the request again with another seed."
     if body.top_logprobs is not None and body.logprobs is not True:
@@ -232,6 +246,12 @@ def to_response(sequence: Sequence, line: BatchLine, model: str, tokenizer: Toke
         },
     }
     return _answer(request.request_id, 200, body, None)
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """The text of a whole answer."""
+    choice = body["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 
 def error_line(name: str, status: int, kind: str, message: str) -> dict[str, Any]:

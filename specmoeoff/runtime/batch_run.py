@@ -11,7 +11,7 @@ from specmoeoff.errors import BadInput
 from specmoeoff.estimate.trace import Span, chrome_trace
 from specmoeoff.files import sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
-from specmoeoff.runtime.batch_files import BatchLine, Journal, error_line, read_batch, to_request, to_response
+from specmoeoff.runtime.batch_files import BatchLine, Journal, error_line, read_batch, text_of, to_request, to_response
 from specmoeoff.runtime.engine import Engine, open_engine
 from specmoeoff.runtime.loading import Progress, open_plan
 from specmoeoff.runtime.process import disk_bytes_read, peak_rss_bytes
@@ -69,11 +69,12 @@ class BatchRun:
                         self._traces.append((window, engine.last_trace))
                         for sequence in engine.finished:
                             name = sequence.request.request_id
-                            journal.add(to_response(sequence, self._lines[name], plan.model.name, opened.tokenizer))
+                            answer = to_response(sequence, self._lines[name], plan.model.name, opened.tokenizer)
+                            journal.add(answer)
                             n_tokens += sequence.n_output
                             self.n_failed += sequence.error is not None
                             if say:
-                                say(f"{name}: {sequence.error or opened.tokenizer.decode(sequence.output)}")
+                                say(f"{name}: {sequence.error or text_of(answer['response']['body'])}")
                         engine.finished.clear()
                         progress(journal.n_answers, len(self._lines))
                     planned_bytes = engine.store.bytes_planned

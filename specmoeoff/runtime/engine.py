@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from math import log
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -390,15 +391,20 @@ class Engine:
         return [*drafted[: int(n_stand)], int(token)]
 
 
+def engine_settings(plan: Plan, opened: Opened, disk_limit_gb_per_s: float | None = None) -> dict[str, Any]:
+    """What a plan says of its Engine; a limit of the disk lane given here goes before the plan's."""
+    return {
+        "target": opened.target,
+        "draft": opened.draft,
+        "decode": plan.decode,
+        "experts": plan.experts,
+        "threads": plan.threads,
+        "disk_limit_gb_per_s": disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s,
+        "draft_lengths": plan.outlook.draft_lengths if plan.outlook else (),
+        "gpu": plan.gpu,
+    }
+
+
 def open_engine(plan: Plan, opened: Opened, disk_limit_gb_per_s: float | None = None) -> Engine:
-    """The engine of a plan; a limit of the disk lane given here goes before the plan's."""
-    return Engine(
-        opened.target,
-        opened.draft,
-        plan.decode,
-        plan.experts,
-        plan.threads,
-        disk_limit_gb_per_s or plan.limits.disk_limit_gb_per_s,
-        draft_lengths=plan.outlook.draft_lengths if plan.outlook else (),
-        gpu=plan.gpu,
-    )
+    """The engine of a plan."""
+    return Engine(**engine_settings(plan, opened, disk_limit_gb_per_s))

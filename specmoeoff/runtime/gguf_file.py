@@ -96,7 +96,9 @@ class GgufCheckpoint(Checkpoint):
                 key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.to")
             }
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
-            raise BadInput(f"{path}: not a whole GGUF file ({error}); download it again.") from None
+            raise BadInput(
+                f"{path}: not a whole GGUF file ({error}); download it again, or `pip install -U gguf`."
+            ) from None
         for tensor in reader.tensors:
             shape = tuple(int(n) for n in reversed(tensor.shape))
             kind, start, n_bytes = tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
@@ -156,8 +158,19 @@ class GgufCheckpoint(Checkpoint):
         return f"{found}.weight" if name.endswith("sinks") else str(found)
 
     def _check_gguf(self, spec: ModelSpec, path: Path) -> None:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
         from specmoeoff.runtime.architectures import expected_shapes
 
+        for name, place in self.places.items():
+            kind = GGMLQuantizationType[place.dtype]
+            try:
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            except NotImplementedError:
+                raise BadInput(
+                    f"{path}: {name} is in {place.dtype}, which the gguf package cannot dequantise; use another quantisation."
+                ) from None
         stacked = {"gate": (spec.intermediate, spec.hidden), "up": (spec.intermediate, spec.hidden)}
         stacked["down"] = (spec.hidden, spec.intermediate)
         for name, shape in expected_shapes(spec).items():

@@ -7,14 +7,14 @@ from pathlib import Path
 from specmoeoff.errors import AnotherModel, BadInput, MissingCapability
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
-from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head, read_eagle_spec
+from specmoeoff.runtime.drafters.eagle import EagleHead, check_head, load_eagle_head, read_eagle_spec
 from specmoeoff.runtime.gpu.device import find_gpu
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.specs.model import ModelSpec
-from specmoeoff.specs.plan import PlainPlan, Plan
+from specmoeoff.specs.plan import DrafterName, PlainPlan, Plan, PlanModel
 
 DEMO_DRAFT = "demo-draft"
 GPU_DRAFTERS = ("none", "ngram")
@@ -44,6 +44,40 @@ def default_draft(source: str) -> str | None:
     return DEMO_DRAFT if source == "demo" else None
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What drafts for a target, a dense model or an EAGLE head, in the target's precision. `source`: as a plan names it."""
+
+    drafter: DrafterName
+    source: str
+    spec: ModelSpec
+
+    def open(self, target: ModelSpec, progress: Progress) -> PackedModel | EagleHead:
+        """Its weights."""
+        folder = model_folder(self.source)
+        if self.drafter == "eagle":
+            return load_eagle_head(folder, target)
+        return pack_model(folder, progress, target.precision)
+
+
+def find_draft(model: str, named: str | None, target: ModelSpec) -> Draft | None:
+    """The draft a person named, `eagle:HEAD` where it is a head, or else the one that comes with the model. BadInput where it
+    cannot draft for this target."""
+    named = named or default_draft(model)
+    if named is None:
+        return None
+    is_head = named.startswith("eagle:")
+    source = named.removeprefix("eagle:")
+    folder = model_folder(source)
+    spec = read_eagle_spec(folder) if is_head else read_model_spec(folder)
+    if is_head:
+        check_head(folder, spec, target)
+    elif spec.n_experts != 1 or spec.vocab != target.vocab:
+        raise BadInput(f"{folder}: a draft must be dense and share the target's {target.vocab} tokens; name another.")
+    same = spec.model_copy(update={"precision": target.precision})
+    return Draft("eagle" if is_head else "model", source if source == DEMO_DRAFT else str(folder.resolve()), same)
+
+
 def load_runnable(path: Path | str) -> Plan:
     """The plan of a file, or a sentence why this machine cannot run it."""
     plan = Plan.load(path)
@@ -61,7 +95,8 @@ def load_runnable(path: Path | str) -> Plan:
 def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     """Check that the plan can run and that the models are those it was made for, pack them if need be, open everything."""
     folder = model_folder(plan.model.source)
-    spec = _same_model(plan.model.fingerprint, folder, plan.model.name)
+    spec = read_model_spec(folder).model_copy(update={"precision": plan.model.precision})
+    _check_same(plan.model, folder, spec)
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
     draft: PackedModel | EagleHead | None = None
@@ -70,18 +105,12 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
             f"the plan drafts with {plan.decode.drafter}, which the GPU lanes cannot run yet (only "
             f"{' and '.join(GPU_DRAFTERS)}); tune with a workload of another drafter, or `export` the plan."
         )
-    if plan.draft is not None and plan.decode.drafter == "eagle":
-        draft_folder = model_folder(plan.draft.source)
-        _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name, read_eagle_spec)
-        draft = load_eagle_head(draft_folder, spec)
-    elif plan.draft is not None:
-        draft_folder = model_folder(plan.draft.source)
-        draft_spec = _same_model(plan.draft.fingerprint, draft_folder, plan.draft.name)
-        if draft_spec.n_experts != 1 or draft_spec.vocab != spec.vocab:
-            raise BadInput(
-                f"{draft_folder}: a draft must be dense and share the target's {spec.vocab} tokens; tune again."
-            )
-        draft = pack_model(draft_folder, progress, plan.model.precision)
+    if plan.draft is not None:
+        kind = "eagle:" if plan.decode.drafter == "eagle" else ""
+        found = find_draft(plan.model.source, kind + plan.draft.source, spec)
+        assert found is not None
+        _check_same(plan.draft, found.source, found.spec)
+        draft = found.open(spec, progress)
     elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(
@@ -123,13 +152,9 @@ def check_part(name: str, part: Plan | PlainPlan, spec: ModelSpec) -> None:
         require(experts.stream_slots >= fewest, f"experts.stream_slots must be at least {fewest}, where any are read")
 
 
-def _same_model(
-    fingerprint: str, folder: Path, name: str, read: Callable[[Path], ModelSpec] = read_model_spec
-) -> ModelSpec:
-    found = read(folder)
-    if found.fingerprint != fingerprint:
+def _check_same(planned: PlanModel, folder: Path | str, found: ModelSpec) -> None:
+    if found.fingerprint != planned.fingerprint:
         raise AnotherModel(
-            f"{folder}: the plan was made for another model ({name}, fingerprint {fingerprint[:12]}; this one has "
-            f"{found.fingerprint[:12]}); make a plan for this model with `specmoeoff tune`."
+            f"{folder}: the plan was made for another model ({planned.name}, fingerprint {planned.fingerprint[:12]}; this "
+            f"one has {found.fingerprint[:12]}); make a plan for this model with `specmoeoff tune`."
         )
-    return found

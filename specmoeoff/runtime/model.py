@@ -5,22 +5,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specmoeoff.estimate.memory import layer_arrays, layer_shape
+from specmoeoff.estimate.memory import expert_activation, layer_arrays, layer_shape
 from specmoeoff.kernels.cpu import (
     ACTIVATION,
-    SILU,
     DenseStack,
     Kernels,
     LayerWeights,
-    Swiglu,
     aligned_empty,
 )
 from specmoeoff.runtime.kv_cache import KVCache
 from specmoeoff.runtime.rope import rope_tables
 from specmoeoff.runtime.rows import Rows
 from specmoeoff.specs.model import ModelSpec
-
-GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
 
 
 class Workspace:
@@ -112,7 +108,7 @@ class Model:
             self.work.expert_out[: n_rows * self.spec.n_active],
             self.spec.intermediate,
             biases=None if biases is None else [biases[expert] for expert in packed],
-            swiglu=GPT_OSS_SWIGLU if self.spec.architecture == "gpt_oss" else SILU,
+            swiglu=expert_activation(self.spec),
         )
 
     def combine(self, n_rows: int) -> None:

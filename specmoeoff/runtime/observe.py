@@ -57,9 +57,10 @@ def observing_residents(target: PackedModel) -> int:
 
 def observing_experts(spec: ModelSpec, n_resident: int) -> PlanExperts:
     """The first `n_resident` experts, layer by layer for each number, are held; the others are read when asked for."""
-    whole, rest = divmod(n_resident, spec.n_layers)
+    whole, rest = divmod(n_resident, spec.n_expert_layers)
+    held = tuple(tuple(range(whole + (i < rest))) for i in range(spec.n_expert_layers))
     return PlanExperts(
-        resident=tuple(tuple(range(whole + (layer < rest))) for layer in range(spec.n_layers)),
+        resident=((),) * spec.n_dense_layers + held,
         prefetch=((),) * spec.n_layers,
         stream_slots=0 if n_resident == spec.n_all_experts else max(2 * spec.n_active, 8),
     )
@@ -78,7 +79,7 @@ def lengths(counts: Sequence[int]) -> Lengths:
 def union_points(log: list[tuple[list[int], np.ndarray]]) -> list[UnionPoint]:
     """Distinct experts per layer over groups of requests and consecutive tokens, from logged routing.
 
-    log: per window (rows of each request, expert_index (n_layers, rows, n_active)).
+    log: per window (rows of each request, expert_index (n_expert_layers, rows, n_active)).
     """
     points = []
     for n_requests in UNION_REQUESTS:
@@ -118,7 +119,7 @@ def observe(
     if context > spec.max_positions:
         raise BadInput(f"a prompt and its answer take {context} tokens; this model has {spec.max_positions} positions.")
     acceptance: dict[str, Acceptance] = {}
-    chosen = np.zeros((spec.n_layers, spec.n_experts))
+    chosen = np.zeros((spec.n_expert_layers, spec.n_experts))
     log: list[tuple[list[int], np.ndarray]] = []
     n_tokens, output_lengths = 0, [1]
     experts = observing_experts(spec, n_resident)
@@ -145,8 +146,8 @@ def observe(
                     n_tokens += window.rows
                     index = np.stack(routing)
                     log.append((engine.last_counts, index))
-                    for layer in range(spec.n_layers):
-                        chosen[layer] += np.bincount(index[layer].ravel(), minlength=spec.n_experts)
+                    for of_layer, numbers in zip(chosen, index, strict=True):
+                        of_layer += np.bincount(numbers.ravel(), minlength=spec.n_experts)
                 routing.clear()
             output_lengths = [s.n_output for s in engine.finished]
         if drafter != "none":
@@ -163,7 +164,7 @@ def observe(
         prompt_tokens=lengths([len(r.prompt) for r in requests]),
         output_tokens=lengths(output_lengths),
         acceptance=acceptance,
-        popularity=tuple(tuple(float(p) for p in layer) for layer in popularity),
+        popularity=((0.0,) * spec.n_experts,) * spec.n_dense_layers + tuple(map(tuple, popularity.tolist())),
         union_exponent=fit_union_exponent(popularity, [(p.requests, p.tokens, p.distinct) for p in union]),
         union=tuple(union),
         n_tokens_measured=n_tokens,

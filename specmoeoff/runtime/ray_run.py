@@ -15,11 +15,11 @@ from typing import Any
 from specmoeoff.errors import AnswerIsNo, BadInput, MissingCapability
 from specmoeoff.files import cache_dir, explain_os_errors, read_text, sha256_text, write_atomic
 from specmoeoff.roofline.profile import machine
-from specmoeoff.runtime.batch_files import BatchLine, Journal, read_batch, to_request, to_response
+from specmoeoff.runtime.batch_files import BatchLine, Journal, error_line, read_batch, to_request, to_response
 from specmoeoff.runtime.batch_run import answerable
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.engine import open_engine
-from specmoeoff.runtime.engine_thread import End, EngineThread
+from specmoeoff.runtime.engine_thread import End, EngineThread, RequestFailed
 from specmoeoff.runtime.loading import model_folder, open_plan
 from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.specs.plan import Plan
@@ -51,8 +51,9 @@ def plan_here(plan: Plan, workload_text: str) -> Plan:
             "--context",
             str(plan.decode.context_tokens),
         ]
-        _command("profile", "--model", source, "-o", profile)
-        made_from: list[str | Path] = ["--profile", profile, "--model", source, "--workload", workload]
+        what: list[str | Path] = ["--model", source, "--precision", plan.model.precision]
+        _command("profile", *what, "-o", profile)
+        made_from: list[str | Path] = ["--profile", profile, *what, "--workload", workload]
         _command("tune", *made_from, "-o", own, *memory, *cap)
     return Plan.load(own)
 
@@ -92,6 +93,8 @@ class NodeEngine:
 
         self._thread.submit(request, deliver)
         end = await finished
+        if isinstance(end, RequestFailed):
+            return error_line(parsed.custom_id, 500, "server_error", str(end))
         if isinstance(end, Exception):
             raise end
         return to_response(end, parsed, self._plan.model.name, opened.tokenizer)
@@ -137,7 +140,7 @@ class RayRun:
     def run(self, progress: Callable[[int, int], None], warn: Callable[[str], None]) -> dict[str, float]:
         """Finish what is missing; a lost node's requests go to the others. AnswerIsNo where no node is left."""
         journal, ray = self._journal, self._ray
-        begun, n_tokens = time.perf_counter(), 0
+        begun, n_tokens, n_failed = time.perf_counter(), 0, 0
         try:
             lines = [self._lines[name] for name in journal.missing]
             todo = answerable(lines, self._tokenizer, self._spec, self._context_tokens, self._ignore_eos, journal)
@@ -161,7 +164,8 @@ class RayRun:
                     continue
                 if node.under_way.pop(done[0]):
                     journal.add(result)
-                    n_tokens += result["response"]["body"]["usage"]["completion_tokens"]
+                    n_failed += result["error"] is not None
+                    n_tokens += result["response"]["body"].get("usage", {}).get("completion_tokens", 0)
                     progress(journal.n_answers, len(self._lines))
                 else:
                     node.room = min(2 * result, MAX_OPEN)
@@ -170,7 +174,8 @@ class RayRun:
             journal.close()
             ray.shutdown()
         seconds = round(time.perf_counter() - begun, 3)
-        return {"requests": len(todo), "failed": len(lines) - len(todo), "tokens": n_tokens, "seconds": seconds}
+        n_failed += len(lines) - len(todo)
+        return {"requests": len(todo), "failed": n_failed, "tokens": n_tokens, "seconds": seconds}
 
     def _start(self) -> list[_Node]:
         ray = self._ray

@@ -321,11 +321,9 @@ class Validator:
 
     def _everything(self) -> PlanExperts | None:
         """Every expert resident, if the machine's memory allows it."""
-        n, per_layer = self.spec.n_all_experts, tuple(range(self.spec.n_experts))
-        if n * expert_stride(self.spec) > 0.7 * available_bytes():
+        if self.spec.n_all_experts * expert_stride(self.spec) > 0.7 * available_bytes():
             return None
-        layers = self.spec.n_layers
-        return PlanExperts(resident=(per_layer,) * layers, prefetch=((),) * layers, stream_slots=0)
+        return PlanExperts.all_resident(self.spec)
 
     def _compare_outputs(self, plain: dict[str, list[int]], tuned: dict[str, list[int]]) -> None:
         different = [i for i in plain if plain[i] != tuned.get(i)]

@@ -219,10 +219,24 @@ class ModelSpec(Spec):
 
     @property
     def shape_key(self) -> str:
-        """What operator times depend on; models of equal key share operator tables."""
+        """What operator times depend on; models of equal key share operator tables. What only some models have comes last."""
+        others = {
+            "latent": self.kv_latent,
+            "q_latent": self.q_latent,
+            "rope": self.rope_head_dim,
+            "vd": self.v_head_dim,
+            "shared": self.n_shared_experts,
+            "dense": self.dense_intermediate if self.n_dense_layers else 0,
+            "window": self.sliding_window if self.n_sliding_layers else 0,
+            "groups": self.n_groups,
+        }
+        flags = {"qkv_bias": self.qkv_bias, f"{self.qk_norm}_norm": self.qk_norm != "none", "sinks": self.has_sinks}
+        flags |= {"expert_bias": self.expert_bias, self.precision: self.precision != "bf16"}
         return (
             f"h{self.hidden}-i{self.intermediate}-q{self.n_heads}-kv{self.n_kv_heads}-d{self.head_dim}"
             f"-v{self.vocab}-e{self.n_experts}a{self.n_active}"
+            + "".join(f"-{name}{size}" for name, size in others.items() if size)
+            + "".join(f"-{name}" for name, has in flags.items() if has)
         )
 
 

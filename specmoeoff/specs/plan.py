@@ -1,11 +1,12 @@
 """A finished plan: everything the runtime needs, and what the tuner predicted of it."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from specmoeoff.precision import Precision
 from specmoeoff.specs.base import FileSpec, Spec
+from specmoeoff.specs.model import ModelSpec
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,6 +47,12 @@ class PlanExperts(Spec):
     prefetch: tuple[tuple[int, ...], ...]
     stream_slots: NotNegative
     on_host: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def all_resident(cls, spec: ModelSpec) -> Self:
+        """Nothing is ever read."""
+        resident = tuple(tuple(range(spec.n_experts_of(layer))) for layer in range(spec.n_layers))
+        return cls(resident=resident, prefetch=((),) * spec.n_layers, stream_slots=0)
 
     @property
     def n_resident(self) -> int:

@@ -54,7 +54,8 @@ class Workload(FileSpec):
     output_tokens: Lengths | None = None
     acceptance: dict[str, Acceptance]
     popularity: tuple[tuple[Share, ...], ...] | None = Field(
-        default=None, description="per layer and expert: share of tokens that choose it; a layer sums to n_active"
+        default=None,
+        description="per layer and expert: share of tokens that choose it; a layer sums to n_active, one without experts to 0",
     )
     popularity_zipf: Annotated[float, Field(ge=0)] = 0.0
     provenance: str = "measured here"

@@ -120,7 +120,7 @@ class GpuTuner:
         if r.workload.popularity is None:
             order = np.tile(np.arange(spec.n_experts), (spec.n_expert_layers, 1))
         else:
-            order = np.argsort(-np.asarray(r.workload.popularity), axis=1, kind="stable")
+            order = np.argsort(-np.asarray(r.workload.popularity)[spec.n_dense_layers :], axis=1, kind="stable")
 
         def layers(first: int, last: int) -> tuple[tuple[int, ...], ...]:
             return ((),) * spec.n_dense_layers + tuple(tuple(sorted(map(int, row[first:last]))) for row in order)

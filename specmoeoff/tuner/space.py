@@ -93,8 +93,9 @@ def make_space(
     workload: Workload,
     n_slots: int,
     batch: int | None,
+    drafter: DrafterName = "model",
 ) -> Space:
-    """The axes: drafters with known acceptance; enough slots for streaming, where anything is streamed.
+    """The axes: drafters with known acceptance, `drafter` being what `draft` is; enough slots for streaming, where anything is streamed.
 
     Raises BadInput where the profile holds no operators of this model.
     """
@@ -105,7 +106,7 @@ def make_space(
             "run `specmoeoff profile --model` with this model."
         )
     lengths: dict[DrafterName, tuple[int, ...]] = {"none": (0,)}
-    names: tuple[DrafterName, ...] = ("model", "ngram") if draft else ("ngram",)
+    names: tuple[DrafterName, ...] = (drafter, "ngram") if draft else ("ngram",)
     for name in names:
         if name in workload.acceptance:
             known = min(LONGEST_DRAFT, len(workload.acceptance[name].conditional))
@@ -127,9 +128,13 @@ def place(spec: ModelSpec, workload: Workload, choice: Choice, n_slots: int) -> 
     popularity = np.asarray(workload.popularity)
     used = probability_used(popularity, choice.batch, choice.draft_length + 1, workload.union_exponent)
     # Once nearly all are used the order would be noise: popularity settles it, and costs nothing where it is flat.
-    resident = most_used(used + 1e-3 * popularity, min(n_slots, spec.n_all_experts) - choice.stream_slots)
+    worth, first = used + 1e-3 * popularity, spec.n_dense_layers
+    resident: list[list[int]] = [[]] * first + most_used(
+        worth[first:], min(n_slots, spec.n_all_experts) - choice.stream_slots
+    )
     prefetch = []
     for layer, held in enumerate(resident):
-        others = [e for e in range(spec.n_experts) if e not in held and used[layer, e] >= choice.prefetch_threshold]
+        experts = range(spec.n_experts_of(layer))
+        others = [e for e in experts if e not in held and used[layer, e] >= choice.prefetch_threshold]
         prefetch.append(tuple(sorted(others, key=lambda e: -used[layer, e])))
     return PlanExperts(resident=tuple(map(tuple, resident)), prefetch=tuple(prefetch), stream_slots=choice.stream_slots)

@@ -19,8 +19,10 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import (
     CurvePoint,
+    DrafterName,
     LengthAt,
     MeasuredTrial,
+    Outlook,
     PlainPlan,
     Plan,
     PlanDecode,
@@ -53,9 +55,11 @@ class TuneRequest:
     host_memory_bytes: int
     draft: ModelSpec | None = None
     draft_source: str | None = None
+    drafter: DrafterName = "model"  # what `draft` is
     fast_memory_bytes: int | None = None
     batch: int | None = None
     context_tokens: int | None = None
+    kv_tokens: int | None = None
     prefill_chunk_tokens: int = 256
     disk_limit_gb_per_s: float | None = None
     search: SearchName = "exhaustive"
@@ -94,6 +98,12 @@ class Tuner:
                 f"workload {r.workload.name} was measured on model {r.workload.model_name}, not on {spec.name}; "
                 f"run `specmoeoff workload --model {r.model_source}`."
             )
+        measured = r.workload.draft_fingerprint
+        if r.draft and r.drafter == "model" and measured not in (None, r.draft.fingerprint):
+            raise BadInput(
+                f"workload {r.workload.name} tells how much of another draft than {r.draft.name} is accepted; run "
+                f"`specmoeoff workload --model {r.model_source} --drafter model:{r.draft_source}`."
+            )
         if r.workload.popularity is None:
             raise BadInput(
                 f"workload {r.workload.name}: no popularity; run `specmoeoff workload --model {r.model_source}`."
@@ -119,6 +129,10 @@ class Tuner:
         if not 0 < context <= spec.max_positions:
             raise BadInput(f"--context {context}: this model has 1 to {spec.max_positions} positions.")
         self.context_tokens = min(-(-context // PAGE) * PAGE, spec.max_positions)
+        if r.kv_tokens is not None and r.kv_tokens < self.context_tokens:
+            raise BadInput(
+                f"--kv-tokens {r.kv_tokens}: one request may have {self.context_tokens}; give at least those."
+            )
         self.mean_context = int(r.workload.middle_context_tokens)
         self.host_needs: set[int] = set()
         self.out_of_range: OutOfRange | None = None
@@ -145,6 +159,7 @@ class Tuner:
             micro_batches=choice.micro_batches,
             context_tokens=self.context_tokens,
             prefill_chunk_tokens=r.prefill_chunk_tokens,
+            kv_tokens=r.kv_tokens,
         )
 
     def memory(self, choice: Choice) -> PlanMemory:
@@ -172,7 +187,8 @@ class Tuner:
         """What the prices depend on."""
         r = self.request
         files = (r.profile.text(), r.workload.text(), r.model.fingerprint, r.draft.fingerprint if r.draft else "")
-        return (*files, self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.disk_limit_gb_per_s)
+        limits = (self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.kv_tokens, r.disk_limit_gb_per_s)
+        return (*files, *limits, r.model.precision)
 
     def price(self, choice: Choice) -> Prediction | None:
         """What is predicted of a choice, None where it does not fit or its sizes were not measured."""
@@ -198,11 +214,7 @@ class Tuner:
         key = (choice.drafter, choice.draft_length, choice.batch, choice.n_threads)
         if key not in self._floors:
             spec = self.request.model
-            everything = PlanExperts(
-                resident=(tuple(range(spec.n_experts)),) * spec.n_layers,
-                prefetch=((),) * spec.n_layers,
-                stream_slots=0,
-            )
+            everything = PlanExperts.all_resident(spec)
             alone = self.decode(replace(choice, micro_batches=1))
             shape = window_shape(spec, self.request.workload, alone, everything, [self.mean_context] * choice.batch)
             try:
@@ -255,12 +267,11 @@ class Tuner:
             CurvePoint(draft_length=c.draft_length, drafter=c.drafter, prediction=self.part(c).predicted)
             for c in sorted(lengths_once(same_batch), key=lambda c: c.draft_length)
         ]
-        drafts_with_model = choice.drafter == "model" and r.draft is not None
         draft = None
-        if drafts_with_model:
-            draft = PlanModel(source=r.draft_source or "", name=r.draft.name, fingerprint=r.draft.fingerprint)  # type: ignore[union-attr]
+        if r.draft is not None and choice.drafter == r.drafter:
+            draft = _plan_model(r.draft_source or "", r.draft)
         return Plan(
-            model=PlanModel(source=r.model_source, name=r.model.name, fingerprint=r.model.fingerprint),
+            model=_plan_model(r.model_source, r.model),
             draft=draft,
             **dict(self.part(choice)),
             limits=PlanLimits(
@@ -283,13 +294,28 @@ class Tuner:
         for context in (int(share * self.context_tokens) for share in (0.25, 0.5, 0.75, 1.0)):
             for live in dict.fromkeys(max(1, int(choice.batch * share)) for share in (0.125, 0.25, 0.5, 1.0)):
                 prices = self.prices(choice.n_threads)
-                found = [
-                    forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
-                    for d in drafts
-                ]
+                try:
+                    found = [
+                        forecast(r.model, r.workload, d, experts, prices, [context] * live).prediction.tokens_per_s
+                        for d in drafts
+                    ]
+                except OutOfRange:  # the longest contexts; the runtime takes the nearest that is here
+                    continue
                 k = int(np.argmax(found))
                 table.append(LengthAt(context_tokens=context, live=live, draft_length=k, tokens_per_s=found[k]))
         return tuple(table)
+
+    def with_outlook(self, plan: Plan, choice: Choice) -> Plan:
+        """The plan with what surrounds its choice."""
+        r, drafter = self.request, choice.drafter
+        assumptions = [
+            f"profile {r.profile.name}: {r.profile.kind}",
+            f"workload {r.workload.name}: {r.workload.provenance}",
+        ]
+        if drafter != "none":
+            assumptions.append(f"acceptance of {drafter}: {r.workload.acceptance[drafter].provenance}")
+        lengths = self.draft_lengths(choice) if drafter != "none" else ()
+        return plan.model_copy(update={"outlook": Outlook(draft_lengths=lengths, assumptions=tuple(assumptions))})
 
     def nothing_fits(self) -> SpecMoEOffError:
         """Why there is no plan, and the smallest change that would make one."""
@@ -301,6 +327,10 @@ class Tuner:
             f"the smallest change that fits is --host-memory {in_mib(need).replace(' ', '')}, or a smaller --batch or "
             "--context."
         )
+
+
+def _plan_model(source: str, spec: ModelSpec) -> PlanModel:
+    return PlanModel(source=source, name=spec.name, fingerprint=spec.fingerprint, precision=spec.precision)
 
 
 def plans_for_gpu(request: TuneRequest) -> bool:
@@ -316,7 +346,7 @@ def tune(request: TuneRequest) -> Plan:
 
         return GpuTuner(request).plan()
     tuner, r = Tuner(request), request
-    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch)
+    space = make_space(r.profile, r.model, r.draft, r.workload, tuner.n_slots, r.batch, r.drafter)
     if r.search == "optuna":
         problem = sha256_text(repr((space, tuner.problem)))[:12]
         ranked = optuna_search(space, tuner.price, r.trials, r.seed, problem, r.storage, r.progress)
@@ -336,7 +366,7 @@ def tune(request: TuneRequest) -> Plan:
     if tuner.part(plain).predicted.tokens_per_s >= tuner.part(best).predicted.tokens_per_s:
         best = plain
     if r.measure is None or not r.measure_top:
-        return tuner.plan(best, plain, ranked)
+        return tuner.with_outlook(tuner.plan(best, plain, ranked), best)
     trials = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
     if r.search == "optuna":
         problem = sha256_text(repr((space, tuner.problem, "measured")))[:12]
@@ -347,4 +377,5 @@ def tune(request: TuneRequest) -> Plan:
         best = trials.best([*islice(lengths_once(ranked), r.measure_top), plain])
     if best.batch != plain.batch:
         plain = plain_at(best.batch)
-    return tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)
+    plan = tuner.plan(best, plain, [*dict.fromkeys([*ranked, best, plain])], trials.told)
+    return tuner.with_outlook(plan, best)

@@ -9,16 +9,20 @@ from specmoeoff.cli import app
 from specmoeoff.compare import compare
 from specmoeoff.errors import AnswerIsNo, BadInput
 from specmoeoff.profiles import find
-from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.profile import HardwareProfile, Roof
 from specmoeoff.specs.record import RunRecord, Window
 
 
 def scaled(profile: HardwareProfile, name: str, by: float) -> HardwareProfile:
     """One memory roof made faster or slower."""
-    roofs = [
-        r.model_copy(update={"rate": r.rate.model_copy(update={"value": r.rate.value * by})}) if r.name == name else r
-        for r in profile.memory
-    ]
+
+    def faster(roof: Roof) -> Roof:
+        rate = roof.rate.model_copy(
+            update={"value": roof.rate.value * by, "samples": tuple(v * by for v in roof.rate.samples)}
+        )
+        return roof.model_copy(update={"rate": rate})
+
+    roofs = [faster(r) if r.name == name else r for r in profile.memory]
     return profile.model_copy(update={"memory": tuple(roofs)})
 
 

@@ -62,6 +62,16 @@ def test_a_validations_bias_is_told_apart_from_its_scatter(
     assert pd.read_csv(tmp_path / "r_files" / "accuracy.csv")["bias"].to_list() == pytest.approx([0.2])
 
 
+def test_what_an_earlier_report_showed_does_not_stay_beside_a_later_one(
+    shipped: HardwareProfile, plan: Plan, run_record: RunRecord, tmp_path: Path
+) -> None:
+    whole = write_report(tmp_path / "r.html", shipped, plan, [run_record])
+    (tmp_path / "r_files" / "notes.txt").write_text("a person's own")
+    fewer = write_report(tmp_path / "r.html", shipped, None, [])
+    assert len(fewer) < len(whole)
+    assert {*tmp_path.glob("*.html"), *(tmp_path / "r_files").iterdir()} == {*fewer, tmp_path / "r_files" / "notes.txt"}
+
+
 def test_ids_are_unique(page: Path) -> None:
     ids = re.findall(r'\sid="([^"]*)"', page.read_text())
     assert len(ids) == len(set(ids))

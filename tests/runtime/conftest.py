@@ -130,10 +130,21 @@ def edit_config() -> Callable[..., None]:
 
 @pytest.fixture
 def speaking_model(save_model: Callable[..., Path]) -> Path:
-    """A sharded Mixtral whose tokens are bytes, with a chat template: it can be asked, and answers anything but ASCII."""
+    """A Mixtral that can be asked."""
+    return let_speak(save_model, "mixtral")
+
+
+@pytest.fixture
+def speaking_latent_model(save_model: Callable[..., Path]) -> Path:
+    """A DeepSeek-V2, whose first layer is dense, that can be asked."""
+    return let_speak(save_model, "deepseek_v2")
+
+
+def let_speak(save_model: Callable[..., Path], kind: str) -> Path:
+    """A model whose tokens are bytes, with a chat template: it answers anything but ASCII."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = save_model("mixtral", vocab_size=259, max_position_embeddings=2048)
+    folder = save_model(kind, vocab_size=259, max_position_embeddings=2048)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(("<unk>", "<s>", "</s>", *letters))}
     tokenizer = Tokenizer(models.BPE(vocab, []))

@@ -1,5 +1,6 @@
 """`specmoeoff run` as its own process on a tiny model: interrupted, refused, and out of disk."""
 
+import asyncio
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from specmoeoff.errors import BadInput
-from specmoeoff.runtime import batch_files
+from specmoeoff.runtime import batch_files, ray_run
 from specmoeoff.runtime.batch_run import BatchRun
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.specs.plan import (
@@ -212,17 +213,19 @@ def write_lines(path: Path, bodies: list[dict[str, Any]], **line: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def run_here(job: list[str], tmp_path: Path, ignore_eos: bool = True) -> dict[str, dict[str, Any]]:
+def run_here(
+    job: list[str], tmp_path: Path, ignore_eos: bool = True, say: Callable[[str], None] | None = None
+) -> dict[str, dict[str, Any]]:
     plan, output = Plan.load(job[1]), tmp_path / "out.jsonl"
-    BatchRun(plan, tmp_path / "in.jsonl", output, None, ignore_eos, lambda *_: None).run(lambda *_: None, None)
+    BatchRun(plan, tmp_path / "in.jsonl", output, None, ignore_eos, lambda *_: None).run(lambda *_: None, say)
     return answers_of(output)
 
 
 def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[str], tmp_path: Path) -> None:
     good = {"prompt": "w5 w6", "max_tokens": 3}
     bad = [{"prompt": "w5", "tools": [1]}, {"prompt": "w5 " * 500}, {"prompt": ""}, {"prompt": "w5", "n": 2}]
-    bad += [{"messages": [{"role": "user", "content": "w5"}]}]
-    write_lines(tmp_path / "in.jsonl", [good, *bad, good])
+    chat = {"messages": [{"role": "user", "content": "w5"}]}
+    write_lines(tmp_path / "in.jsonl", [good, *bad, chat, good])
     answers = run_here(job, tmp_path)
     assert list(answers) == [f"r{i}" for i in range(7)]
     for name, words in (
@@ -238,6 +241,23 @@ def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(job: list[st
     for name in ("r0", "r6"):
         assert answers[name]["error"] is None
         assert len(answers[name]["response"]["body"]["choices"][0]["token_ids"]) == 3
+
+
+def test_a_prompt_sent_to_the_other_shapes_url_is_refused_and_without_a_url_tells_its_own(
+    job: list[str], tmp_path: Path
+) -> None:
+    prompt, chat = {"prompt": "w5", "max_tokens": 1}, {"messages": [{"role": "user", "content": "w5"}]}
+    lines = [
+        {"url": "/v1/chat/completions", "body": prompt},
+        {"url": "/v1/completions", "body": chat},
+        {"body": prompt},
+    ]
+    texts = [json.dumps({"custom_id": f"r{i}", **line}) for i, line in enumerate(lines)]
+    (tmp_path / "in.jsonl").write_text("\n".join(texts))
+    chat_answer, completion_answer, good = run_here(job, tmp_path).values()
+    assert "url /v1/chat/completions takes `messages`" in chat_answer["error"]["message"]
+    assert "url /v1/completions takes `prompt`" in completion_answer["error"]["message"]
+    assert good["response"]["body"]["object"] == "text_completion"
 
 
 def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_path: Path) -> None:
@@ -260,6 +280,9 @@ def test_a_stop_string_over_several_tokens_cuts_the_answer(job: list[str], tmp_p
     assert choice["text"] == whole["text"][: whole["text"].index(stop)]
     assert stop not in choice["text"]
     assert choice["token_ids"] == whole["token_ids"][: first["usage"]["completion_tokens"]]
+    said: list[str] = []
+    run_here(job, tmp_path, say=said.append)
+    assert f"r0: {choice['text']}" in said
     assert choice["logprobs"]["tokens"] == [*choice["text"].split()[:-1], words[at]]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * len(choice["logprobs"]["tokens"])
     assert second["choices"][0]["text"] == ""
@@ -308,6 +331,14 @@ def test_a_damaged_expert_file_answers_what_it_can(
     assert 0 < len(failed) < 10
     assert all("differs from what was packed; check the disk" in answers[name]["error"]["message"] for name in failed)
     assert {n: a for n, a in answers.items() if n not in failed} == {n: a for n, a in intact.items() if n not in failed}
+
+    monkeypatch.setattr(ray_run, "plan_here", lambda plan, _: plan)
+
+    async def by_a_node() -> list[dict[str, Any]]:
+        node = ray_run.NodeEngine(Plan.load(job[1]).text(), "", None, True)
+        return [await node.answer(json.loads(line)) for line in (tmp_path / "in.jsonl").read_text().splitlines()]
+
+    assert asyncio.run(by_a_node()) == list(answers.values())
 
 
 def small_requests(n: int, path: Path) -> None:

@@ -1,6 +1,8 @@
 """The EAGLE head against the published architecture in transformers' pieces, and its output against plain decoding."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,17 @@ import numpy as np
 import pytest
 
 from specmoeoff.errors import AnotherModel, BadInput
+from specmoeoff.estimate.memory import eagle_bytes, kv_bytes
 from specmoeoff.runtime import loading
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.drafters.eagle import EagleHead, load_eagle_head, read_eagle_spec
 from specmoeoff.runtime.engine import Engine
-from specmoeoff.runtime.loading import open_plan
+from specmoeoff.runtime.loading import find_draft, open_plan
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.sequence import Request
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.specs.plan import DrafterName, Plan, PlanDecode, PlanExperts, PlanModel, PlanThreads
+from specmoeoff.specs.workload import Acceptance, Workload
 
 THREADS = PlanThreads(compute=2, disk_readers=1, disk_chunk_bytes=8192)
 Tensors = dict[str, Any]
@@ -262,3 +266,84 @@ def test_a_plan_opens_the_head_it_was_made_for(
         open_plan(made.model_copy(update={"draft": swapped}))
     with pytest.raises(BadInput, match="names no draft model"):
         open_plan(made.model_copy(update={"draft": None}))
+
+
+ASKED = [{"custom_id": f"r{i}", "body": {"prompt": "once upon a", "max_tokens": 12 + i}} for i in range(4)]
+
+
+def specmoeoff(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "specmoeoff", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=300)
+
+
+def done(*arguments: object) -> str:
+    found = specmoeoff(*arguments)  # type: ignore[arg-type]
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "precision"), [("eagle", "fp32"), ("model", "bf16")])
+def test_a_named_draft_is_profiled_measured_tuned_and_run(
+    speaking_model: Path, save_model: Callable[..., Path], tmp_path: Path, kind: str, precision: str
+) -> None:
+    config = json.loads((speaking_model / "config.json").read_text())
+    if kind == "eagle":
+        draft = f"eagle:{save_head(tmp_path / 'head', speaking_model, head_tensors(speaking_model))}"
+    else:
+        draft = str(save_model("llama", vocab_size=config["vocab_size"], max_position_embeddings=2048))
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, ASKED)))
+    what = ("--model", speaking_model, "--draft", draft, "--precision", precision)
+    done(tmp_path, "profile", *what, "--budget", 5)
+    drafter = draft if kind == "eagle" else f"model:{draft}"
+    observe = ("workload", "--model", speaking_model, "--prompts", "in.jsonl", "--ignore-eos")
+    done(tmp_path, *observe, "--drafter", drafter)
+    workload = Workload.load(tmp_path / "workload.json")
+    tune = ("tune", "--profile", "profile.json", "--workload", "workload.json", *what, "--kv-tokens", 256, "--batch", 4)
+    tune = (*tune, "--context", 64, "--disk-limit-gb-per-s", 0.05)
+    sure = Acceptance(conditional=(0.99,) * 4, n_rounds=100, provenance="made up")
+    workload.model_copy(update={"acceptance": {}}).save(tmp_path / "workload.json")
+    refused = specmoeoff(tmp_path, *tune)
+    assert refused.returncode == 2
+    assert f"--drafter {drafter}" in refused.stderr
+    workload.model_copy(update={"acceptance": {kind: sure}}).save(tmp_path / "workload.json")
+    done(tmp_path, *tune)
+
+    plan = Plan.load(tmp_path / "plan.toml")
+    assert plan.draft
+    assert (plan.decode.drafter, plan.decode.kv_tokens, plan.model.precision) == (kind, 256, precision)
+    opened = open_plan(plan)
+    assert plan.memory.host["kv"] == kv_bytes(opened.target.spec, plan.decode)
+    assert opened.target.spec.precision == precision
+    assert opened.draft
+    assert opened.draft.spec.precision == precision
+    done(tmp_path, "run", "plan.toml", "--input", "in.jsonl", "--output", "out.jsonl", "--ignore-eos")
+    plainly = {"drafter": "none", "draft_length": 0, "kv_tokens": None}
+    decode = plan.decode.model_copy(update=plainly)
+    plan.model_copy(update={"decode": decode, "draft": None, "outlook": None}).save(tmp_path / "plain.toml")
+    done(tmp_path, "run", "plain.toml", "--input", "in.jsonl", "--output", "plain.jsonl", "--ignore-eos")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+
+
+def test_the_memory_of_a_head_is_that_of_its_arrays(mixtral: Path, tmp_path: Path) -> None:
+    folder, target = save_head(tmp_path / "head", mixtral, head_tensors(mixtral)), read_model_spec(mixtral)
+    for precision in ("bf16", "fp32"):
+        head = load_eagle_head(folder, target.model_copy(update={"precision": precision}))
+        found = sum(a.nbytes for a in (*head.dense.values(), head.expert, head.fc, head.fc_bias))
+        assert eagle_bytes(head.spec) == pytest.approx(found, abs=1024)
+
+
+def test_a_draft_of_another_target_is_refused_when_named(mixtral: Path, llama: Path, tmp_path: Path) -> None:
+    target = read_model_spec(mixtral)
+    assert find_draft(str(mixtral), None, target) is None
+    found = find_draft(str(mixtral), str(llama), target)
+    assert found
+    assert (found.drafter, found.source, found.spec) == ("model", str(llama.resolve()), read_model_spec(llama))
+    with pytest.raises(BadInput, match="must be dense"):
+        find_draft(str(mixtral), str(mixtral), target)
+    head = save_head(tmp_path / "head", mixtral, head_tensors(mixtral))
+    eagle = find_draft(str(mixtral), f"eagle:{head}", target)
+    assert eagle
+    assert (eagle.drafter, eagle.spec) == ("eagle", read_eagle_spec(head))
+    with pytest.raises(BadInput, match="give a head trained for"):
+        find_draft(str(mixtral), f"eagle:{head}", target.model_copy(update={"vocab": 97}))

@@ -203,6 +203,23 @@ def test_quantised_experts_are_dequantised(save_model: Callable[..., Path], tmp_
             np.testing.assert_array_equal(ours, wanted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [(24, "is in I8, .* use another quantisation"), (999, "pip install -U gguf")]
+)
+def test_an_unknown_quantisation_gets_a_sentence(
+    save_model: Callable[..., Path], tmp_path: Path, kind: int, remedy: str
+) -> None:
+    folder, path = save_model("qwen3_moe", "float32", moe_intermediate_size=64), tmp_path / "model.gguf"
+    write_gguf(folder, path, "qwen3_moe", GGMLQuantizationType.Q8_0)
+    data, name = path.read_bytes(), b"blk.1.ffn_up_exps.weight"
+    # After its name a tensor's entry has the number of dimensions, three here, the dimensions and the type.
+    at = data.index(name) + len(name) + 4 + 3 * 8
+    assert int.from_bytes(data[at : at + 4], "little") == GGMLQuantizationType.Q8_0
+    path.write_bytes(data[:at] + kind.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(BadInput, match=remedy):
+        read_model_spec(path)
+
+
 def test_a_gguf_file_is_a_model_by_itself_and_a_broken_one_gets_a_sentence(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(llama, path, "llama")

@@ -60,8 +60,7 @@ def engine_continuations(packed: PackedModel, prompts: Sequence[np.ndarray], n_t
     decode = PlanDecode(
         drafter="ngram", draft_length=3, batch=16, micro_batches=2, context_tokens=context, prefill_chunk_tokens=96
     )
-    resident = tuple(tuple(range(spec.n_experts_of(layer))) for layer in range(spec.n_layers))
-    experts = PlanExperts(resident=resident, prefetch=((),) * spec.n_layers, stream_slots=0)
+    experts = PlanExperts.all_resident(spec)
     threads = PlanThreads(compute=2, disk_readers=2, disk_chunk_bytes=1 << 20)
     with Engine(packed, None, decode, experts, threads) as engine:
         engine.submit(Request(str(i), tuple(map(int, prompt)), n_tokens) for i, prompt in enumerate(prompts))

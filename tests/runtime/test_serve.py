@@ -200,7 +200,9 @@ def test_bad_requests_are_refused_in_openais_shape(served: Served) -> None:
         assert answer["error"]["type"] == "invalid_request_error", body[:40]
     assert served.post("/v1/nothing", b"{}")[0] == 404
     assert served.post("/v1/models", b"{}")[0] == 405
+    n_refused = served.metrics()['specmoeoff_requests_total{outcome="refused"}']
     assert served.post(path, b" " * ((4 << 20) + 1))[0] == 413
+    assert served.metrics()['specmoeoff_requests_total{outcome="refused"}'] == n_refused + 1
     assert client.completions.create(model=served.model, prompt="still here").choices[0].finish_reason
 
 
@@ -222,7 +224,7 @@ def test_the_key_is_asked_for(plan_file: Path, tmp_path: Path) -> None:
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
             served.client(api_key="another").models.list()
         assert served.post("/v1/completions", b'{"prompt": "x"}')[0] == 401
-        assert served.metrics()
+        assert served.metrics()['specmoeoff_requests_total{outcome="refused"}'] == 2
     finally:
         served.stop(signal.SIGINT)
 

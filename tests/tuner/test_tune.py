@@ -37,6 +37,21 @@ def test_the_same_request_gives_the_same_plan(plan: Plan, made_up_request: TuneR
     assert tune(made_up_request) == plan
 
 
+def test_a_plan_tells_the_draft_length_of_every_context_and_number_of_live_requests(
+    plan: Plan, made_up_request: TuneRequest
+) -> None:
+    assert plan.outlook
+    table = {(at.context_tokens, at.live): at.draft_length for at in plan.outlook.draft_lengths}
+    assert {live for _, live in table} == {int(plan.decode.batch * share) for share in (0.125, 0.25, 0.5, 1.0)}
+    assert max(context for context, _ in table) == plan.decode.context_tokens
+    assert max(table.values()) == plan.decode.draft_length
+    assert any("acceptance of model" in sentence for sentence in plan.outlook.assumptions)
+    nobody = made_up_request.workload.model_copy(update={"acceptance": {}})
+    plainly = tune(replace(made_up_request, workload=nobody))
+    assert plainly.outlook
+    assert plainly.outlook.draft_lengths == ()
+
+
 @pytest.fixture(scope="module")
 def small(made_up_request: TuneRequest) -> tuple[Tuner, Space]:
     """All axes, few points."""
@@ -176,6 +191,12 @@ def test_a_workload_of_another_model_is_refused(made_up_request: TuneRequest) ->
     other = made_up_request.model.model_copy(update={"fingerprint": "another"})
     with pytest.raises(BadInput, match="was measured on model"):
         tune(replace(made_up_request, model=other))
+
+
+def test_a_workload_of_another_draft_is_refused(made_up_request: TuneRequest) -> None:
+    other = made_up_request.workload.model_copy(update={"draft_fingerprint": "another"})
+    with pytest.raises(BadInput, match=r"another draft than draft .* --drafter model:"):
+        tune(replace(made_up_request, workload=other))
 
 
 def test_a_workload_whose_popularity_is_not_this_models_is_refused(made_up_request: TuneRequest) -> None:

@@ -229,19 +229,25 @@ def _epsilon(name: str, value: float) -> float:
     return float(value)
 
 
+def _differ(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    for n, w in zip(shape, wanted, strict=True):  # noqa: SIM110 - a generator takes as long as all the rest of a check
+        if w is not None and w != n:
+            return True
+    return False
+
+
 def _pointer(array: np.ndarray, dtype: type, shape: tuple[int | None, ...], name: str, write: bool = False) -> int:
     """Address of an array whose dtype, shape (None: any) and layout are as C expects; `write`: C will change it."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         found = getattr(array, "dtype", type(array).__name__)
         raise TypeError(f"{name}: {np.dtype(dtype).name} array expected, not {found}")
-    if array.shape != shape and (
-        array.ndim != len(shape) or any(w is not None and w != n for n, w in zip(array.shape, shape, strict=True))
-    ):
+    if array.shape != shape and (array.ndim != len(shape) or _differ(array.shape, shape)):
         wanted = ", ".join("any" if w is None else str(w) for w in shape)
         raise ValueError(f"{name}: shape ({wanted}) expected, not {array.shape}")
-    if not array.flags.c_contiguous:
+    flags = array.flags
+    if not flags.c_contiguous:
         raise ValueError(f"{name}: must be C-contiguous")
-    if not array.flags.aligned or (write and not array.flags.writeable):
+    if not flags.aligned or (write and not flags.writeable):
         raise ValueError(f"{name}: must be aligned{' and writeable' if write else ''}")
     return int(array.__array_interface__["data"][0])
 

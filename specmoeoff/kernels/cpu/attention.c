@@ -152,16 +152,18 @@ static sight_t sight_of(const attention_t *a, int request, int token)
     return (sight_t){lowest, end, end, NULL};
 }
 
+static uint64_t bits_below(int n) { return n <= 0 ? 0 : n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0; }
+
 /* Bits of the tokens seen of the page whose first is at position `first`. */
 static void fill_mask(sight_t sight, int first, uint16_t *mask)
 {
-    for (int j = 0; j < VECTORS; j++) {
-        mask[j] = 0;
-        for (int i = 0; i < LANES; i++) {
-            const int position = first + j * LANES + i;
-            const int seen = position < sight.all || (position < sight.limit && sight.tree && *sight.tree >> (position - sight.all) & 1);
-            mask[j] |= (uint16_t)((position >= sight.lowest && seen) << i);
-        }
+    for (int i = 0; i < PAGE_TOKENS; i += 64) {
+        const int at = first + i, shift = sight.all - at; /* of the tree's tokens */
+        uint64_t seen = bits_below(shift);
+        if (sight.tree && shift > -64 && shift < 64)
+            seen |= (shift < 0 ? *sight.tree >> -shift : *sight.tree << shift) & bits_below(sight.limit - at);
+        seen &= ~bits_below(sight.lowest - at);
+        for (int j = 0; j < 64 / LANES; j++) mask[i / LANES + j] = (uint16_t)(seen >> j * LANES);
     }
 }
 
@@ -210,7 +212,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
             const int base = h * n, value_steps = (used + (int)per_step - 1) / (int)per_step;
             /* Scores of one tile at a time: they stay in the L1 cache. */
             for (int r = 0, t = 0; t < n_tiles; t++) {
-                const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+                const int rows = n / n_tiles + (t < n % n_tiles);
                 for (int i = 0; i * COLUMNS < used; i++) {
                     const int columns = used - i * COLUMNS < COLUMNS ? used - i * COLUMNS : COLUMNS;
                     const part_t part = part_of(keys + (size_t)i * strip, COLUMNS * per_step * bytes, key_steps, t, keys + (size_t)(i + 1) * strip, key_fetch);
@@ -229,7 +231,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
                 const unsigned char *value = values + (size_t)column * PAGE_TOKENS * bytes;
                 const unsigned char *then = column + COLUMNS < s->value_dim ? value + COLUMNS * PAGE_TOKENS * bytes : next;
                 for (int r = 0, t = 0; t < n_tiles; t++) {
-                    const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+                    const int rows = n / n_tiles + (t < n % n_tiles);
                     const part_t part = part_of(value, (size_t)columns * per_step * bytes, value_steps, t, then, value_fetch);
                     isa->tile[s->format](rows, weights + r, part, columns / LANES, 1, outputs + (size_t)(base + r) * dim + column, dim);
                     r += rows;

@@ -162,7 +162,7 @@ static void strip_product(const isa_t *isa, int format, const unsigned char *con
             const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, lines = (int)(group_bytes(format) / (4 * COLUMNS));
             const size_t stride = (size_t)next_steps * step_bytes / (size_t)(n_tiles * (last - first) * lines) + 1;
             for (int r = 0, t = 0; t < n_tiles; t++) {
-                const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+                const int rows = n / n_tiles + (t < n % n_tiles);
                 isa->tile_codes(format, rows, x + r, padded(n_in), first, last, weights, out + r * COLUMNS,
                                 (const char *)after + (size_t)t * (size_t)((last - first) * lines) * stride, stride);
                 r += rows;
@@ -176,16 +176,41 @@ static void add_bias(float *x, const float *bias, int n)
     for (int i = 0; i < n; i++) x[i] += bias[i];
 }
 
+static int next_in_use(const experts_t *x, int e)
+{
+    do e++;
+    while (e < x->n_experts && x->start[e] == x->start[e + 1]);
+    return e;
+}
+
+/* Strip s of expert e's downs, or its pairs of gate and up, counted on over the experts after it and from the last to the downs
+ * of the first: what memory brings is always what some thread reads next. */
+static const unsigned char *strip_of(const isa_t *isa, const experts_t *x, int e, int s, int is_down)
+{
+    const int counts[2] = {strips(x->intermediate), strips(x->hidden)};
+    const int here = e;
+    for (; s >= counts[is_down]; e = next_in_use(x, e)) {
+        s -= counts[is_down];
+        if (next_in_use(x, e) == x->n_experts) {
+            if (is_down) return x->weights[here];
+            is_down = 1;
+            e = -1;
+        }
+    }
+    return x->weights[e] + (is_down ? down_offset(x->format, isa->halves, x->hidden, x->intermediate) + (size_t)s * down_strip_bytes(x->format, isa->halves, x->intermediate)
+                                    : 2 * (size_t)s * strip_bytes(x->format, isa->halves, x->hidden));
+}
+
 /* One item: 64 intermediate columns of up to GROUP_ROWS rows. `rows`: of what gate and up multiply, `inner` what down will. */
-static void up_item(const isa_t *isa, const experts_t *x, int e, int s, int ahead, const unsigned char *const *rows, int n,
-                    unsigned char *inner)
+static void up_item(const isa_t *isa, const experts_t *x, int e, int s, const unsigned char *next, const unsigned char *const *rows,
+                    int n, unsigned char *inner)
 {
     const size_t strip = strip_bytes(x->format, isa->halves, x->hidden), row = row_bytes(x->format, isa->halves, padded(x->intermediate));
-    const unsigned char *weights = x->weights[e] + 2 * (size_t)s * strip;
+    const unsigned char *weights = strip_of(isa, x, e, s, 0);
     const int first = s * COLUMNS, columns = x->intermediate - first < COLUMNS ? x->intermediate - first : COLUMNS;
     float gate[GROUP_ROWS * COLUMNS] __attribute__((aligned(64))), up[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
     strip_product(isa, x->format, rows, n, weights, x->hidden, gate, weights + strip);
-    strip_product(isa, x->format, rows, n, weights + strip, x->hidden, up, weights + 2 * (size_t)ahead * strip);
+    strip_product(isa, x->format, rows, n, weights + strip, x->hidden, up, next);
     for (int r = 0; r < n; r++) {
         if (x->biases) {
             add_bias(gate + r * COLUMNS, x->biases[e] + first, columns);
@@ -206,7 +231,6 @@ void expert_rows(const isa_t *isa, const experts_t *x, const uint16_t *normed, f
     const int format = x->format, up_strips = strips(x->intermediate), down_strips = strips(x->hidden), wide = padded(x->intermediate);
     const int n_slots = x->start[x->n_experts], ahead = omp_get_num_threads();
     const size_t row = row_bytes(format, isa->halves, x->hidden), inner_row = row_bytes(format, isa->halves, wide);
-    const size_t down_strip = down_strip_bytes(format, isa->halves, x->intermediate);
     unsigned char *inner = scratch, *coded = scratch + (size_t)n_slots * inner_row;
 #define SLOT(i) (x->slots ? x->slots[i] : (i))
 #define ROW(i) (normed + (size_t)(SLOT(i) / x->n_active) * (size_t)(x->hidden * isa->halves))
@@ -227,20 +251,19 @@ void expert_rows(const isa_t *isa, const experts_t *x, const uint16_t *normed, f
             ITEM;
             for (int r = 0; r < n; r++)
                 rows[r] = format == PLAIN ? (const unsigned char *)ROW(first + r) : coded + (size_t)(first + r) * row;
-            up_item(isa, x, e, s, ahead, rows, n, inner + (size_t)first * inner_row);
+            up_item(isa, x, e, s, strip_of(isa, x, e, (item + ahead) / groups, 0), rows, n, inner + (size_t)first * inner_row);
         }
     }
 #pragma omp barrier
     for (int e = 0; e < x->n_experts; e++) {
         const int groups = (x->start[e + 1] - x->start[e] + GROUP_ROWS - 1) / GROUP_ROWS;
-        const unsigned char *down = x->weights[e] + down_offset(format, isa->halves, x->hidden, x->intermediate);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int item = 0; item < down_strips * groups; item++) {
             ITEM;
             const int columns = x->hidden - s * COLUMNS < COLUMNS ? x->hidden - s * COLUMNS : COLUMNS;
             float result[GROUP_ROWS * COLUMNS] __attribute__((aligned(64)));
             for (int r = 0; r < n; r++) rows[r] = inner + (size_t)(first + r) * inner_row;
-            strip_product(isa, format, rows, n, down + (size_t)s * down_strip, wide, result, down + (size_t)(s + ahead) * down_strip);
+            strip_product(isa, format, rows, n, strip_of(isa, x, e, s, 1), wide, result, strip_of(isa, x, e, (item + ahead) / groups, 1));
             for (int r = 0; r < n; r++) {
                 if (x->biases) add_bias(result + r * COLUMNS, x->biases[e] + 2 * x->intermediate + s * COLUMNS, columns);
                 memcpy(out + (size_t)SLOT(first + r) * x->hidden + s * COLUMNS, result + r * COLUMNS, sizeof(float) * (size_t)columns);

@@ -42,12 +42,28 @@ static inline __m512i v_pair_all(const uint16_t *p)
 #define v_any_above(a, b) (_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0)
 
 typedef __m512i VI;
-#define v_ints(x) _mm512_set1_epi32(x)
-#define v_bytes(p) _mm512_loadu_si512(p)
+static inline __m512i v_ints(int x)
+{
+    __m512i v = _mm512_set1_epi32(x);
+    __asm__ volatile("" : "+v"(v)); /* else sums that begin alike are one, and copied in every step */
+    return v;
+}
+/* Once for all rows, and in each half of a line anew: registers are for the sums. */
+static inline __m512i v_bytes(const unsigned char *p)
+{
+    __m512i v;
+    __asm__ volatile("vmovdqu64 %1, %0" : "=v"(v) : "m"(*(const __m512i_u *)p));
+    return v;
+}
 #define v_bytes_all(p) v_pair_all((const uint16_t *)(p))
 #define v_low(c) _mm512_and_si512(c, _mm512_set1_epi8(15))
 #define v_high(c) v_low(_mm512_srli_epi16(c, 4))
-#define v_dot4(acc, codes, x) _mm512_dpbusd_epi32(acc, codes, x)
+/* Not the intrinsic: GCC 12 copies the sum before each and runs out of registers. */
+static inline __m512i v_dot4(__m512i acc, __m512i codes, __m512i x)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+    return acc;
+}
 #define v_float(a) _mm512_cvtepi32_ps(a)
 #define v_widen(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define v_store_bytes(p, v) _mm_storeu_si128((__m128i *)(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)))

@@ -12,12 +12,13 @@
                             size_t out_stride)                                                                         \
     {                                                                                                                  \
         V acc[TILE_ROWS][COLUMNS / LANES];                                                                             \
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                         \
+        float *to = out;                                                                                               \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++, to += out_stride)                                       \
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
-                acc[r][j] = accumulate ? v_load(out + r * out_stride + j * LANES) : v_zero();                          \
+                acc[r][j] = accumulate ? v_load(to + j * LANES) : v_zero();                                            \
         const unsigned char *row = part.w;                                                                             \
         const char *fetch = part.fetch;                                                                                \
-        for (int p = 0; p < part.steps; p++, row += part.w_stride, fetch += part.fetch_step) {                         \
+        _Pragma("GCC unroll 4") for (int p = 0; p < part.steps; p++, row += part.w_stride, fetch += part.fetch_step) { \
             STEP strip[COLUMNS / LANES];                                                                               \
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
             {                                                                                                          \
@@ -30,8 +31,9 @@
                 _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) acc[r][j] = DOT(acc[r][j], value, strip[j]);  \
             }                                                                                                          \
         }                                                                                                              \
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                         \
-            _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) v_store(out + r * out_stride + j * LANES, acc[r][j]); \
+        __asm__("" : "+r"(out)); /* else 24 addresses are kept from the loads above */                                 \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++, out += out_stride)                                      \
+            _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) v_store(out + j * LANES, acc[r][j]);             \
     }
 #define PAIR_OF_ROW v_pair_all((const uint16_t *)x[r] + 2 * p)
 #define FLOAT_OF_ROW v_all(((const float *)x[r])[p])

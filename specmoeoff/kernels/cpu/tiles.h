@@ -25,7 +25,7 @@ static inline void tile_rows(const isa_t *isa, const uint16_t *const *x, int n, 
     const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, format = isa->halves == 2 ? KV_FP32 : KV_BF16;
     const size_t step = fetch_step(next_bytes, n_tiles, steps);
     for (int r = 0, t = 0; t < n_tiles; t++) {
-        const int rows = (n - r + n_tiles - t - 1) / (n_tiles - t);
+        const int rows = n / n_tiles + (t < n % n_tiles);
         isa->tile[format](rows, (const void *const *)(x + r), part_of(w, 4 * COLUMNS, steps, t, next, step), (columns + LANES - 1) / LANES,
                           accumulate, out + (size_t)r * out_stride, out_stride);
         r += rows;

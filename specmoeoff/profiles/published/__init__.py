@@ -31,4 +31,4 @@ def names() -> list[str]:
 def rows(name: str) -> list[Row]:
     """Of one source."""
     text = files(__package__).joinpath(f"{name}.csv").read_text(encoding="utf-8")
-    return [Row(**{**row, "value": float(row["value"])}) for row in csv.DictReader(text.splitlines())]
+    return [Row(**{**row, "value": float(row["value"])}) for row in csv.DictReader(text.splitlines())]  # type: ignore[arg-type]

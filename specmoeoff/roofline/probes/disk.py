@@ -82,7 +82,7 @@ class Reader:
                         with self._lock:
                             chunk = self._next % self._n_chunks
                             self._next += 1
-                        counts[index] += os.preadv(descriptor, [memoryview(self._buffers[index])], chunk * self._chunk)
+                        counts[index] += os.preadv(descriptor, [self._buffers[index].data], chunk * self._chunk)
                 finally:
                     os.close(descriptor)
             except (OSError, MissingCapability) as error:
@@ -174,7 +174,7 @@ def _fit(file: Path, n_readers: int) -> TransferFit:
     try:
         n_blocks = max(1, file.stat().st_size // sizes[-1])
         for size in sizes:
-            buffer, times = memoryview(aligned_empty(size)), []
+            buffer, times = aligned_empty(size).data, []
             for _ in range(12):
                 offset = int(rng.integers(n_blocks)) * sizes[-1]
                 begun = time.perf_counter()

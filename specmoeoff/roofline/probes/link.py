@@ -226,7 +226,7 @@ def _meanwhile(work: Callable[[], object]) -> Iterator[None]:
         raise failed[0]
 
 
-def cuda_device() -> Callable[[], "TorchDevice"]:
+def cuda_device() -> "type[TorchDevice]":
     """The first GPU, or MissingCapability with the remedy."""
     try:
         import torch

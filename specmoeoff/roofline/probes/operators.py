@@ -4,15 +4,20 @@ Operators are timed inside a pass, one after another as the runtime calls them: 
 caches hold when it begins, and on whether the other threads still wait for it or have gone to sleep.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from specmoeoff.estimate.memory import layer_shape
+from specmoeoff.estimate.memory import expert_activation, layer_arrays, layer_shape
+from specmoeoff.estimate.tables import layer_operators
 from specmoeoff.kernels.cpu import (
+    ACTIVATION,
+    HALVES,
     PAGE_TOKENS,
     Batch,
     DenseStack,
@@ -24,7 +29,7 @@ from specmoeoff.kernels.cpu import (
 )
 from specmoeoff.roofline.fits import leave_one_out_error
 from specmoeoff.roofline.timing import measurement, seconds_of
-from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.model import BF16_BYTES, ModelSpec
 from specmoeoff.specs.profile import OperatorTable, Slowdown
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
@@ -47,35 +52,24 @@ Traffic = Callable[[], AbstractContextManager[None]]
 
 
 class Bench:
-    """Random weights of a model's shape, and one call per operator and size."""
+    """Random weights of a model's layers, one of each kind many times over, and one call per operator and size."""
 
     def __init__(self, spec: ModelSpec, n_threads: int) -> None:
         self.spec, self.n_threads = spec, n_threads
-        self.kernels = Kernels(n_threads)
+        self.kernels = Kernels(n_threads, precision=spec.precision)
         self._rng = np.random.default_rng(0)
-        shape = layer_shape(spec)
-        width = spec.n_heads * spec.head_dim
-        n_expert, n_qkv = packed_expert_bytes(spec.hidden, spec.intermediate), shape.qkv_width
-        n_layers = max(2, min(40, COLD_BYTES // n_expert))
+        n_expert = packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision)
+        self.n_layers = n_layers = max(2, min(40, COLD_BYTES // n_expert))
         self.contexts = tuple(c for c in CONTEXTS if c + max(TOKENS) <= spec.max_positions) or (64,)
-        angles = np.zeros((max(*self.contexts, ROWS[-1]) + ROWS[-1], spec.head_dim // 2), np.float32)
-        ones = np.ones(spec.hidden, np.float32)
         self.experts = [self._weights(n_expert) for _ in range(n_layers)]
-        self.layers = [
-            LayerWeights(
-                shape,
-                ones,
-                self._weights(packed_linear_bytes(n_qkv, spec.hidden)),
-                self._weights(packed_linear_bytes(spec.hidden, width)),
-                ones,
-                self._weights(packed_linear_bytes(spec.n_experts, spec.hidden)) if spec.n_experts > 1 else None,
-                angles + 1,
-                angles,
-            )
-            for _ in range(n_layers)
-        ]
-        self._head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden))
-        page_bytes = self.layers[0].shape.kv.page_bytes
+        self._bias = np.ones(2 * spec.intermediate + spec.hidden, np.float32) if spec.expert_bias else None
+        # The last layer of each operator: one with experts, where there is any.
+        self.layer_of = {name: layer for layer in range(spec.n_layers) for name in layer_operators(spec, layer)}
+        self.blocks = [name for name in self.layer_of if name.endswith("block")]
+        self.attentions = [name for name in self.layer_of if name.endswith("attention")]
+        self._layers = {n: [self._layer(n) for _ in range(n_layers)] for n in {*self.layer_of.values()}}
+        self._head_weight = self._weights(packed_linear_bytes(spec.vocab, spec.hidden, spec.precision))
+        page_bytes = layer_shape(spec).kv.page_bytes
         most = max(_n_requests(c) * (c // PAGE_TOKENS + 2) for c in self.contexts)
         of_dense = n_layers * REQUESTS * (ROWS[-1] // REQUESTS // PAGE_TOKENS + 1)
         self._n_pages = max(most, of_dense, COLD_BYTES // page_bytes)
@@ -83,12 +77,26 @@ class Bench:
         self._turn = 0
 
     def _weights(self, n_bytes: int) -> np.ndarray:
-        """bf16 of ordinary size; one block repeated, since only their being ordinary matters to time."""
+        """Numbers of ordinary size; one block repeated, since only their being ordinary matters to time."""
         buffer = aligned_empty(n_bytes)
-        block = (self._rng.standard_normal(1 << 16).astype(np.float32) * 0.05).view(np.uint32) >> 16
-        values = buffer[: n_bytes // 2 * 2].view(np.uint16)
-        values[:] = np.resize(block.astype(np.uint16), len(values))
+        block = self._rng.standard_normal(1 << 16).astype(np.float32) * 0.05
+        if self.spec.precision == "bf16":
+            block = (block.view(np.uint32) >> 16).astype(np.uint16)
+        values = buffer[: n_bytes // block.itemsize * block.itemsize].view(block.dtype)
+        values[:] = np.resize(block, len(values))
         return buffer
+
+    def _layer(self, layer: int) -> LayerWeights:
+        """Everything of this layer of the model but its experts."""
+        spec, shape = self.spec, layer_shape(self.spec, layer)
+        angles = np.zeros((max(*self.contexts, ROWS[-1]) + ROWS[-1], shape.rotary_dim // 2), np.float32)
+        arrays: dict[str, Any] = {
+            name: self._weights(packed_linear_bytes(*shape.matrices[name], spec.precision))
+            if name in shape.matrices
+            else np.ones(shape.vectors[name], np.float32)
+            for name in layer_arrays(spec, layer)
+        }
+        return LayerWeights(shape, **{"router": None} | arrays, cosines=angles + 1, sines=angles)
 
     def _batches(self, counts: Sequence[int], context: int) -> list[Batch]:
         """Of requests with counts[i] new tokens after `context` old ones, some batches on pages of their own."""
@@ -103,7 +111,7 @@ class Bench:
         spec, n = self.spec, sum(counts)
         return (
             self._rng.standard_normal((n, spec.hidden)).astype(np.float32),
-            np.zeros((n, spec.hidden), np.uint16),
+            np.zeros((n, spec.hidden), ACTIVATION[spec.precision]),
             np.zeros((n, spec.n_active), np.int32),
             np.zeros((n, spec.n_active), np.float32),
         )
@@ -111,14 +119,17 @@ class Bench:
     def expert(self, rows: int, group: int = 1) -> Callable[[], None]:
         """`group` experts of `rows` rows each in one call."""
         spec, n = self.spec, rows * group
-        normed = self._weights(n * spec.hidden * 2).view(np.uint16).reshape(n, spec.hidden)
+        activation = np.dtype(ACTIVATION[spec.precision])
+        normed = self._weights(n * spec.hidden * activation.itemsize).view(activation).reshape(n, spec.hidden)
         out = np.zeros((n, spec.hidden), np.float32)
         slots = np.array_split(np.arange(n, dtype=np.int32), group)
+        biases = None if self._bias is None else [self._bias] * group
+        swiglu = expert_activation(spec)
 
         def work() -> None:
             self._turn += group
             chosen = [self.experts[(self._turn + i) % len(self.experts)] for i in range(group)]
-            self.kernels.experts(normed, chosen, slots, out, spec.intermediate)
+            self.kernels.experts(normed, chosen, slots, out, spec.intermediate, biases=biases, swiglu=swiglu)
 
         return work
 
@@ -137,16 +148,19 @@ class Bench:
         out = np.zeros(rows, np.int32)
         return lambda: self.kernels.head_argmax(x, norm, spec.rms_eps, self._head_weight, spec.vocab, out)
 
-    def attention_block(self, counts: Sequence[int], context: int = 0) -> Callable[[], None]:
-        """One layer for requests with counts[i] new tokens after `context` old ones."""
+    def attention_block(
+        self, counts: Sequence[int], context: int = 0, operator: str = "attention_block"
+    ) -> Callable[[], None]:
+        """One layer that has this operator, for requests with counts[i] new tokens after `context` old ones."""
         x, *outputs = self._rows(counts)
+        layers = self._layers[self.layer_of[operator]]
         batches = self._batches(counts, context)  # made before: the runtime makes one for all layers of a window
 
         def work() -> None:
             self._turn += 1
             if self._turn % len(batches) == 0:  # the residual stream grows call by call otherwise
                 np.clip(x, -4, 4, out=x)
-            layer, batch = self.layers[self._turn % len(self.layers)], batches[self._turn % len(batches)]
+            layer, batch = layers[self._turn % len(layers)], batches[self._turn % len(batches)]
             self.kernels.attention_block(layer, batch, x, self._pages, *outputs)
 
         return work
@@ -154,31 +168,31 @@ class Bench:
     def dense_pass(self, counts: Sequence[int], context: int = 0) -> tuple[Callable[[], None], int]:
         """Some layers of a dense model in one call, and how many they are; requests as in attention_block."""
         each = (context + max(counts)) // PAGE_TOKENS + 1
-        most = len(self.layers) if sum(counts) <= 32 else LAYERS_OF_LARGE_PASS
-        n_layers = min(most, len(self.layers), self._n_pages // (len(counts) * each))
-        stack = DenseStack(self.layers[:n_layers], self.experts[:n_layers])
+        most = self.n_layers if sum(counts) <= 32 else LAYERS_OF_LARGE_PASS
+        n_layers = min(most, self.n_layers, self._n_pages // (len(counts) * each))
+        stack = DenseStack(self._layers[self.layer_of["attention_block"]][:n_layers], self.experts[:n_layers])
         n_pages = self._n_pages // n_layers
         pages = self._pages[: n_layers * n_pages].reshape(n_layers, n_pages, -1)
         table = np.arange(len(counts) * each, dtype=np.int32).reshape(-1, each)
         row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         batch = Batch(row_start, np.full(len(counts), context, np.int32), table)
         x, *outputs = self._rows(counts)
-        expert_out = np.zeros_like(x)
+        outputs = [*outputs, np.zeros_like(x)]
 
         def work() -> None:
             np.clip(x, -4, 4, out=x)
-            self.kernels.dense_pass(stack, batch, x, pages, *outputs, expert_out)
+            self.kernels.dense_pass(stack, batch, x, pages, *outputs)
 
         return work, n_layers
 
-    def over_context(self, tokens: int, context: int) -> Callable[[], float]:
+    def over_context(self, operator: str, tokens: int, context: int) -> Callable[[], float]:
         """Measures what a context adds to one request's `tokens` new tokens in one layer, in the call the runtime makes."""
         counts = [tokens] * _n_requests(context)
         if self.spec.n_experts == 1:
             (long, n_long), (short, n_short) = self.dense_pass(counts, context), self.dense_pass(counts)
             repeats = 1
         else:
-            long, short = self.attention_block(counts, context), self.attention_block(counts)
+            long, short = (self.attention_block(counts, c, operator) for c in (context, 0))
             n_long, n_short, repeats = 1, 1, 3
 
         def measure() -> float:
@@ -222,12 +236,12 @@ class Pass:
 
     def __init__(self, bench: Bench, rows: int) -> None:
         self._layer = {
-            "attention_block": bench.attention_block(spread(rows)),
+            **{name: bench.attention_block(spread(rows), operator=name) for name in bench.blocks},
             "expert": bench.expert(rows),
             "experts": bench.expert(rows, GROUP),
             "combine": bench.combine(rows),
         }
-        self._head, self._n_layers = bench.head(rows), len(bench.layers)
+        self._head, self._n_layers = bench.head(rows), bench.n_layers
         self._dense = bench.dense_pass(spread(rows)) if bench.spec.n_experts == 1 else None
 
     def layers(self, seconds: float) -> dict[str, list[float]]:
@@ -263,12 +277,18 @@ def measure_operators(
     """
     bench = Bench(spec, n_threads)
     passes = {rows: Pass(bench, rows) for rows in ROWS}
-    over_context = {(t, c): bench.over_context(t, c) for t in TOKENS for c in bench.contexts}
+    over_context: dict[Key, Callable[[], float]] = {
+        (name, t, c): bench.over_context(name, t, c)
+        for name in bench.attentions
+        for t in TOKENS
+        for c in bench.contexts
+    }
     samples: dict[Key, list[float]] = {}
     ratios: dict[tuple[str, str, float], list[float]] = {}
     # What is measured beside other lanes, and at which size.
     few = [(float(rows), passes[rows].run) for rows in ROWS_BESIDE]
-    few.append((float(TOKENS_BESIDE), lambda: {"attention": [over_context[TOKENS_BESIDE, bench.contexts[-1]]()]}))
+    longest = {name: over_context[name, TOKENS_BESIDE, bench.contexts[-1]] for name in bench.attentions}
+    few.append((float(TOKENS_BESIDE), lambda: {name: [measure()] for name, measure in longest.items()}))
     for one in passes.values():
         one.layers(0.0)
     end, n_rounds = time.perf_counter() + budget_s, 0
@@ -276,8 +296,8 @@ def measure_operators(
         for rows, one in passes.items():
             for name, found in one.run().items():
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
-        for (tokens, context), measure in over_context.items():
-            samples.setdefault(("attention", tokens, context), []).append(measure())
+        for key, measure in over_context.items():
+            samples.setdefault(key, []).append(measure())
         for wait_s in WAITS_S:
             samples.setdefault(("wake", wait_s, 0), []).append(bench.wake(wait_s))
         for lane, traffic in lanes.items():
@@ -300,31 +320,38 @@ def _slowdowns(
     for (size, run), old, new in zip(runs, before, beside, strict=True):
         again = run()
         for name, found in new.items():
-            ratios[name, size] = float(np.median(found) / np.median([*old[name], *again[name]]))
+            alone = np.median([*old[name], *again[name]])
+            ratios[name, size] = float(np.median(found) / alone) if alone else 1.0  # a short context can cost nothing
     return ratios
 
 
 def _tables(
     bench: Bench, samples: dict[Key, list[float]], ratios: dict[tuple[str, str, float], list[float]], n_rounds: int
 ) -> list[OperatorTable]:
-    spec = bench.spec
-    dense = spec.attention_params
-    works: dict[str, Callable[[float, int], tuple[float, float]]] = {
-        "expert": lambda n, _: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
-        "experts": lambda n, _: (2.0 * spec.expert_params * n, float(spec.expert_bytes)),
-        "combine": lambda n, _: (2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)),
-        "head": lambda n, _: (2.0 * spec.vocab * spec.hidden * n, 2.0 * spec.vocab * spec.hidden),
-        "attention_block": lambda n, _: (2.0 * dense * n, 2.0 * dense),
-        "dense_layer": lambda n, _: (2.0 * (dense + spec.expert_params) * n, 2.0 * dense + spec.expert_bytes),
-        "attention": lambda n, c: _attention_work(spec, n, c),
-        "wake": lambda *_: (0.0, 0.0),
-    }
+    spec, blocks = bench.spec, {name: _block_params(bench.spec, bench.layer_of[name]) for name in bench.blocks}
+    # What every row of an operator is multiplied with.
+    params = {**blocks, "expert": spec.expert_params, "experts": spec.expert_params, "head": spec.vocab * spec.hidden}
+    if spec.n_experts == 1:
+        params["dense_layer"] = blocks["attention_block"] + spec.expert_params
+    rows_alone = [*params, "combine"]
+    param_bytes = BF16_BYTES * HALVES[spec.precision]
+
+    def work_of(operator: str, n: float, context: int) -> tuple[float, float]:
+        """FLOPs and bytes."""
+        if operator in params:
+            return 2.0 * params[operator] * n, float(param_bytes * params[operator])
+        if operator == "combine":
+            return 2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)
+        if operator in bench.attentions:
+            return _attention_work(spec, bench.layer_of[operator], n, context)
+        return 0.0, 0.0
+
     tables: list[OperatorTable] = []
 
     def table(operator: str, axes: tuple[str, ...], grid: tuple[tuple[float, ...], ...], keys: list[Key]) -> None:
         found = [np.asarray(samples[key]) for key in keys]
         medians = tuple(float(np.median(f)) for f in found)
-        work = [works[operator](n, c) for _, n, c in keys]
+        work = [work_of(*key) for key in keys]
         tables.append(
             OperatorTable(
                 operator=operator,
@@ -348,17 +375,25 @@ def _tables(
             )
         )
 
-    for operator in works:
-        if (operator, ROWS[0], 0) in samples:
-            table(operator, ("rows",), (tuple(map(float, ROWS)),), [(operator, n, 0) for n in ROWS])
+    for operator in rows_alone:
+        table(operator, ("rows",), (tuple(map(float, ROWS)),), [(operator, n, 0) for n in ROWS])
     grid = (tuple(map(float, TOKENS)), tuple(map(float, bench.contexts)))
-    # The cost beyond a context of nothing, which attention_block already holds.
-    table("attention", ("tokens", "context"), grid, [("attention", n, c) for n in TOKENS for c in bench.contexts])
+    # The cost beyond a context of nothing, which the block already holds.
+    for operator in bench.attentions:
+        table(operator, ("tokens", "context"), grid, [(operator, n, c) for n in TOKENS for c in bench.contexts])
     table("wake", ("wait_s",), (WAITS_S,), [("wake", wait_s, 0) for wait_s in WAITS_S])
     return tables
 
 
-def _attention_work(spec: ModelSpec, tokens: float, context: int) -> tuple[float, float]:
+def _block_params(spec: ModelSpec, layer: int) -> int:
+    """Of a layer's matrices but its experts'."""
+    matrices = layer_shape(spec, layer).matrices
+    return sum(math.prod(matrices[name]) for name in layer_arrays(spec, layer) if name in matrices)
+
+
+def _attention_work(spec: ModelSpec, layer: int, tokens: float, context: int) -> tuple[float, float]:
     """FLOPs and bytes of one request and layer."""
-    keys_and_values = 4.0 * spec.n_kv_heads * spec.head_dim * context
-    return 4.0 * tokens * context * spec.n_heads * spec.head_dim, keys_and_values
+    shape = layer_shape(spec, layer)
+    seen, width = min(context, shape.window or context), shape.head_dim + shape.v_head_dim
+    n_bytes = BF16_BYTES * HALVES[spec.precision] * shape.n_kv_heads * width * seen
+    return 2.0 * tokens * seen * shape.n_heads * width, float(n_bytes)

@@ -84,16 +84,21 @@ def read_eagle_spec(folder: Path | str) -> ModelSpec:
         return checkpoint.spec
 
 
+def check_head(folder: Path | str, head: ModelSpec, target: ModelSpec) -> None:
+    """BadInput where the head is one of another target."""
+    if (head.hidden, head.vocab) != (target.hidden, target.vocab):
+        raise BadInput(
+            f"{folder}: this head has hidden size {head.hidden} and {head.vocab} tokens, the target {target.hidden} "
+            f"and {target.vocab}; give a head trained for {target.name}."
+        )
+
+
 def load_eagle_head(folder: Path | str, target: ModelSpec) -> EagleHead:
     """Read and pack a head. Raises BadInput where it is no EAGLE head, or one of another target."""
     with EagleCheckpoint(folder) as checkpoint:
         spec = checkpoint.spec.model_copy(update={"precision": target.precision})
         read = partial(checkpoint.tensor, precision=target.precision)
-        if (spec.hidden, spec.vocab) != (target.hidden, target.vocab):
-            raise BadInput(
-                f"{folder}: this head has hidden size {spec.hidden} and {spec.vocab} tokens, the target {target.hidden} "
-                f"and {target.vocab}; give a head trained for {target.name}."
-            )
+        check_head(folder, spec, target)
         gate, up, down = (read(name.removeprefix("model.")) for name in expert_tensor_names(spec, 0, 0))
         expert = np.empty(packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision), np.uint8)
         pack_expert(gate, up, down, expert)

@@ -26,7 +26,7 @@ class ModelDrafter:
             raise ValueError("the draft model must be dense")
         n_positions = min(packed.spec.max_positions, pages.pages_per_request * PAGE_TOKENS)
         self._model = Model(packed, kernels, pages.n_pages, n_positions, max_rows)
-        self._stack = self._model.stack(packed.load_experts())
+        self._stack = self._model.stack([*packed.load_experts()])
         self._pages = pages
         self._kv_tokens = np.zeros(len(pages.table), np.int64)
 

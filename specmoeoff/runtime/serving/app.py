@@ -11,12 +11,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from specmoeoff.errors import BadInput, SpecMoEOffError
+from specmoeoff.runtime.batch_files import text_of
 from specmoeoff.runtime.engine_thread import EngineThread, QueueFull, ShuttingDown
 from specmoeoff.runtime.sequence import Sequence
 from specmoeoff.runtime.serving.answer import Answer
 from specmoeoff.runtime.serving.gate import Gate
 from specmoeoff.runtime.serving.metrics import Metrics
-from specmoeoff.runtime.serving.protocol import BadField, Exchange, ServedBody, error_body, text_of
+from specmoeoff.runtime.serving.protocol import BadField, Exchange, ServedBody, error_body
 from specmoeoff.runtime.text_stream import TextStream
 from specmoeoff.runtime.tokenizer import Tokenizer
 from specmoeoff.specs.model import ModelSpec
@@ -36,12 +37,13 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application over a running engine; `model` is the name clients ask for."""
     app = FastAPI(title="specmoeoff", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
+    refused = metrics.requests.labels("refused").inc
+    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, count=refused)
 
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         status, body = describe(error)
         if status < 500:
-            metrics.requests.labels("refused").inc()
+            refused()
         return JSONResponse(body, status, {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None)
 
     for kind in (RequestValidationError, HTTPException, QueueFull, SpecMoEOffError, Exception, 404, 405):

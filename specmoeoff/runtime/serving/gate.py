@@ -1,6 +1,7 @@
 """What a request must pass before anything reads it: the API key and the size limit."""
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import HTTPException
@@ -12,13 +13,16 @@ TOO_LARGE = "the request exceeds {:,} bytes; send a shorter one."
 
 
 class Gate:
-    """ASGI middleware. The key guards /v1; health and metrics tell nothing of anybody's requests."""
+    """ASGI middleware. The key guards /v1; health and metrics tell nothing of anybody's requests. `count` is called for each
+    that is refused here; what is too long without saying so before is the app's to count."""
 
-    def __init__(self, app: Any, api_key: str | None, max_body_bytes: int) -> None:
-        self._app, self._api_key, self._max_body_bytes = app, api_key, max_body_bytes
+    def __init__(self, app: Any, api_key: str | None, max_body_bytes: int, count: Callable[[], None]) -> None:
+        self._app, self._api_key, self._max_body_bytes, self._count = app, api_key, max_body_bytes, count
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal:
+            self._count()
         n_bytes = 0
 
         async def counted() -> Any:

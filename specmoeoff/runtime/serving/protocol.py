@@ -82,12 +82,6 @@ class Exchange:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
 
-def text_of(response: dict[str, Any]) -> str:
-    """The text of a whole answer."""
-    choice = response["choices"][0]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
-
-
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's shape of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -87,7 +87,7 @@ class Engine:
             self._executor: Executor | GpuTarget = Executor(self.model, self.store)
             self._choose = self.model.choose
         else:
-            self.store = NoStore()
+            self.store = NoStore()  # type: ignore[assignment]
             self._executor = GpuTarget(
                 target, device or CupyDevice(), decode, experts, self._pages, max_rows, threads.compute
             )

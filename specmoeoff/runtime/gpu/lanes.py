@@ -87,8 +87,8 @@ class Lanes:
 
 
 def _latest(clocks: Iterable[Clock]) -> Clock:
-    merged = dict.fromkeys(LANES, 0)
+    merged: Clock = dict.fromkeys(LANES, 0)
     for clock in clocks:
         for lane, tick in clock.items():
             merged[lane] = max(merged[lane], tick)
-    return dict(merged)
+    return merged

@@ -251,7 +251,7 @@ class GpuModel:
         return run
 
     def _cpu_attention(self, layer: int, far: Half | None) -> Work | None:
-        if far is None:
+        if far is None or far.batch is None:
             return None
         batch, mine = far.batch, slice(far.first, far.last)
         away, query, out = self._away_of(self._away_host, far), self._query_host[mine], self._attended_host[mine]

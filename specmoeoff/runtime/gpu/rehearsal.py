@@ -223,7 +223,7 @@ class RehearsalDevice:
                 ranges.append((*_range(argument), True))
             if parameter.addresses:
                 ranges += [(int(a), int(a) + weight_bytes(launch), False) for a in argument if a]
-        self._add(stream, f"kernel {launch.kernel}", ranges, lambda: self._host and self._host.run(launch))
+        self._add(stream, f"kernel {launch.kernel}", ranges, lambda: self._host.run(launch) if self._host else None)
 
     def host(
         self, stream: int, call: Callable[[], None], reads: Sequence[np.ndarray], writes: Sequence[np.ndarray]

@@ -62,6 +62,7 @@ class GpuTarget:
         self._runs = GpuExecutor(weights, device, placement, room, decode.micro_batches, n_threads)
         self.experts_used = float(np.mean([spec.n_experts - len(layer) for layer in on_host]))
         self.uses: list[dict[int, int]] = []  # routing stays on the GPU
+        self.routing_log: list[np.ndarray] | None = None
         self.failed_rows: dict[int, Exception] = {}
 
     def place(self, experts: PlanExperts) -> None:

@@ -9,7 +9,6 @@ import argparse
 import csv
 import os
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +42,10 @@ def parts_of(shape: Shape) -> list[torch.Tensor]:
     """gate, up (intermediate, hidden) and down (hidden, intermediate) bf16 of one expert; a block of numbers again and again."""
     block = torch.randn(1 << 16).mul(0.05).bfloat16()
     wide, narrow = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
-    return [torch.from_numpy(np.resize(block.view(torch.int16).numpy(), s)).view(torch.bfloat16) for s in (wide, wide, narrow)]
+    return [
+        torch.from_numpy(np.resize(block.view(torch.int16).numpy(), s)).view(torch.bfloat16)
+        for s in (wide, wide, narrow)
+    ]
 
 
 def n_sets(shape: Shape, bytes_per_weight: float) -> int:
@@ -61,7 +63,10 @@ def ours(shape: Shape, format: str, n_threads: int) -> tuple[int, Callable[[torc
     kernels, turn, lists = cpu.Kernels(n_threads), iter(range(1 << 30)), [list(experts) for experts in packed]
 
     def call_for(x: torch.Tensor) -> Callable[[], None]:
-        rows, out = x.reshape(-1, shape.hidden).view(torch.uint16).numpy(), np.empty((x.shape[0] * x.shape[1], shape.hidden), np.float32)
+        rows, out = (
+            x.reshape(-1, shape.hidden).view(torch.uint16).numpy(),
+            np.empty((x.shape[0] * x.shape[1], shape.hidden), np.float32),
+        )
         slots = list(np.arange(len(out), dtype=np.int32).reshape(x.shape[:2]))
         return lambda: kernels.experts(rows, lists[next(turn) % sets], slots, out, shape.intermediate, format)
 

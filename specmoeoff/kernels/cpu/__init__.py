@@ -230,7 +230,7 @@ def _epsilon(name: str, value: float) -> float:
 
 
 def _differ(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    for n, w in zip(shape, wanted, strict=True):  # a generator would take as long as all the rest of a check
+    for n, w in zip(shape, wanted, strict=True):  # noqa: SIM110 (a generator takes as long as all the rest of a check)
         if w is not None and w != n:
             return True
     return False

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from roofs import READ_BYTES, Roof, take_turns
+from _roofs import READ_BYTES, Roof, take_turns
 
 from specmoeoff.kernels import cpu
 from specmoeoff.roofline.profile import machine

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specmoeoff.kernels import cpu, reference
 
-ISAS = ("avx512bf16", "avx2", "scalar")
+ISAS = ("amxbf16", "avx512bf16", "avx2", "scalar")
 # Of a number kept in a format; of int8, to the largest of its row.
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0, "int8": 0.5001 / 127}
 EXAMPLES = int(os.environ.get("SPECMOEOFF_EXAMPLES", "15"))

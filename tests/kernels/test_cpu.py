@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels import cpu, reference
 
-ISAS = ("avx512bf16", "avx2", "scalar")
+ISAS = ("amxbf16", "avx512bf16", "avx2", "scalar")
 BF16_EPS = 2.0**-8
 
 

@@ -175,7 +175,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
     const int group = s->n_heads / s->n_kv_heads, n = item.n_rows, n_all = n * item.n_heads, wide = NUMBERS[s->format].wide;
     const size_t bytes = NUMBERS[s->format].bytes, per_step = NUMBERS[s->format].per_step;
     const size_t number = wide ? sizeof(float) : sizeof(uint16_t);
-    float scores[TILE_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
+    float scores[MOST_TILE_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
     float outputs[ITEM_ROWS * MAX_DIM] __attribute__((aligned(64)));
     float sums[ITEM_ROWS * LANES] __attribute__((aligned(64)));
     float probabilities[ITEM_ROWS * PAGE_TOKENS] __attribute__((aligned(64)));
@@ -197,7 +197,7 @@ static void attend(const isa_t *isa, const attention_t *a, item_t item, const vo
     int begin = item.range * RANGE_TOKENS, end = begin + RANGE_TOKENS;
     if (sights[n - 1].limit < end) end = sights[n - 1].limit;
     if (sights[0].lowest > begin) begin = sights[0].lowest / PAGE_TOKENS * PAGE_TOKENS;
-    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, key_steps = (int)((size_t)s->key_dim / per_step);
+    const int n_tiles = (n + isa->tile_rows[s->format] - 1) / isa->tile_rows[s->format], key_steps = (int)((size_t)s->key_dim / per_step);
     const int32_t *table = b->page_table + (size_t)item.request * (size_t)b->max_pages;
     const size_t strip = key_bytes(s) / (PAGE_TOKENS / COLUMNS), key_fetch = fetch_step(strip, n_tiles, key_steps);
     const size_t value_fetch = fetch_step(COLUMNS * PAGE_TOKENS * bytes, n_tiles, PAGE_TOKENS / (int)per_step);

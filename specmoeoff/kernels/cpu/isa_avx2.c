@@ -161,5 +161,5 @@ static inline void v_store_bytes(signed char *p, V v)
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
-const isa_t isa_avx2 = ISA("avx2", , to_bf16, 1, isa_avx2_f32);
-const isa_t isa_avx2_f32 = ISA("avx2", _f32, to_f32, 2, isa_avx2_f32);
+const isa_t isa_avx2 = ISA("avx2", TILE_ROWS, tile_bf16, , to_bf16, 1, isa_avx2_f32);
+const isa_t isa_avx2_f32 = ISA("avx2", TILE_ROWS, tile_bf16, _f32, to_f32, 2, isa_avx2_f32);

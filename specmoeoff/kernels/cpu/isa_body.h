@@ -222,6 +222,7 @@ static void merge(float *reference, float *sums, float *output, float other, con
         v_store(output + i, v_add(v_mul(v_load(output + i), mine), v_mul(v_load(other_output + i), its)));
 }
 
-#define ISA(NAME, PRECISION, PUT, HALVES, F32)                                                                             \
-    {NAME, supported, {tile_bf16, tile_fp16, tile_fp32, tile_int8}, rmsnorm##PRECISION, to_bf16, to_fp16, swiglu##PRECISION, add, \
-     add_scaled, softmax, sum_of, merge, HALVES, PUT, &F32, tile_codes, quantise}
+/* ROWS at most in a tile of bf16, and what computes it. */
+#define ISA(NAME, ROWS, TILE_BF16, PRECISION, PUT, HALVES, F32)                                                            \
+    {NAME, supported, {TILE_BF16, tile_fp16, tile_fp32, tile_int8}, {ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS}, rmsnorm##PRECISION, to_bf16, \
+     to_fp16, swiglu##PRECISION, add, add_scaled, softmax, sum_of, merge, HALVES, PUT, &F32, tile_codes, quantise}

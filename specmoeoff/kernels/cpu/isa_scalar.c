@@ -144,5 +144,5 @@ static inline void v_store_bytes(signed char *p, V v)
 
 static int supported(void) { return 1; }
 
-const isa_t isa_scalar = ISA("scalar", , to_bf16, 1, isa_scalar_f32);
-const isa_t isa_scalar_f32 = ISA("scalar", _f32, to_f32, 2, isa_scalar_f32);
+const isa_t isa_scalar = ISA("scalar", TILE_ROWS, tile_bf16, , to_bf16, 1, isa_scalar_f32);
+const isa_t isa_scalar_f32 = ISA("scalar", TILE_ROWS, tile_bf16, _f32, to_f32, 2, isa_scalar_f32);

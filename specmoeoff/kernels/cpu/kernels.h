@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 128, TILE_ROWS = 6, MAX_EXPERTS = 1024 };
+enum { COLUMNS = 64, LANES = 16, PAGE_TOKENS = 128, TILE_ROWS = 6, MOST_TILE_ROWS = 16, MAX_EXPERTS = 1024 };
 /* Formats of numbers in pages; packed weights are bf16 or fp32. */
 enum { KV_BF16, KV_FP16, KV_FP32, KV_INT8, N_KV_FORMATS };
 #define LOWEST (-1e30f)
@@ -48,8 +48,9 @@ static inline size_t coded_row_bytes(int n, int group) { return (size_t)n + 8 * 
 typedef struct isa {
     const char *name;
     int (*supported)(void);
-    /* out[r][0 .. 16 * vectors) (+)= sum over steps of x[r] . w, for a strip of each format. rows in 1 .. TILE_ROWS. */
+    /* out[r][0 .. 16 * vectors) (+)= sum over steps of x[r] . w, for a strip of each format. rows in 1 .. tile_rows. */
     void (*tile[N_KV_FORMATS])(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t out_stride);
+    int tile_rows[N_KV_FORMATS];
     /* out = bf16(x * rsqrt(mean(x^2) + eps) * weight); n a multiple of 16 */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
     /* out = bf16(scale * x); n a multiple of 16 */
@@ -84,7 +85,7 @@ typedef struct isa {
 
 extern const isa_t isa_scalar, isa_scalar_f32;
 #if defined(__x86_64__)
-extern const isa_t isa_avx2, isa_avx2_f32, isa_avx512bf16, isa_avx512bf16_f32;
+extern const isa_t isa_avx2, isa_avx2_f32, isa_avx512bf16, isa_avx512bf16_f32, isa_amxbf16, isa_amxbf16_f32;
 #endif
 
 typedef struct {

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "amx.h"
 #endif
 
 /* Works `rounds` times; a memory probe over its own n bytes, n a multiple of 3072. */
@@ -180,7 +182,7 @@ static int has_tiles(void)
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
     return leaf7(0, 3, 24) && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 }
-static int has_amx_bf16(void) { return leaf7(0, 3, 22) && has_tiles(); }
+int smo_has_amx_bf16(void) { return leaf7(0, 3, 22) && has_tiles(); }
 static int has_amx_int8(void) { return leaf7(0, 3, 25) && has_tiles(); }
 
 /* Four tiles accumulate, four hold zeros; all of 16 rows of 64 bytes. */
@@ -188,17 +190,12 @@ static int has_amx_int8(void) { return leaf7(0, 3, 25) && has_tiles(); }
     __attribute__((target(TARGET))) static void NAME(unsigned char *mine, size_t n, int64_t rounds)                \
     {                                                                                                              \
         (void)mine, (void)n;                                                                                       \
-        struct {                                                                                                   \
-            uint8_t palette, start_row, reserved[14];                                                              \
-            uint16_t colsb[16];                                                                                    \
-            uint8_t rows[16];                                                                                      \
-        } config __attribute__((aligned(64))) = {.palette = 1};                                                    \
-        for (int i = 0; i < 8; i++) config.colsb[i] = 64, config.rows[i] = 16;                                     \
-        _tile_loadconfig(&config);                                                                                 \
+        amx_configure();                                                                                           \
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);                                                \
         _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);                                                \
         for (int64_t i = 0; i < rounds; i++) { DOT(0, 4, 6); DOT(1, 4, 7); DOT(2, 5, 6); DOT(3, 5, 7); }           \
         _tile_release();                                                                                           \
+        smo_tiles_configured = 0;                                                                                  \
     }
 TILES(amx_bf16, "amx-tile,amx-bf16", _tile_dpbf16ps)
 TILES(amx_int8, "amx-tile,amx-int8", _tile_dpbssd)
@@ -216,7 +213,7 @@ static const probe_t PROBES[] = {
     {"bf16_dot", has_bf16, 20 * 64, bf16_512},
     {"int8_dot", has_vnni, 20 * 128, int8_512},
     {"int8_dot", has_avx_vnni, 12 * 64, int8_256},
-    {"bf16_amx", has_amx_bf16, 4 * 16384, amx_bf16},
+    {"bf16_amx", smo_has_amx_bf16, 4 * 16384, amx_bf16},
     {"int8_amx", has_amx_int8, 4 * 32768, amx_int8},
     {"cycles", always, 300, cycles},
     EVERY_MOVE(512, has_avx512),

@@ -6,6 +6,7 @@
 
 enum { MAX_CPUS = 1024 };
 static int cpus[MAX_CPUS], n_cpus;
+__thread int smo_tiles_configured;
 
 void smo_set_cpus(const int32_t *list, int n)
 {
@@ -36,6 +37,7 @@ void smo_release_caller(const caller_t *caller)
 void smo_bind_worker(void)
 {
     static __thread int bound = -1;
+    smo_tiles_configured = 0;
     const int i = omp_get_thread_num();
     if (i > 0 && omp_get_num_threads() <= n_cpus && bound != i && bind_self(i)) bound = i;
 }

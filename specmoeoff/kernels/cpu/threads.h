@@ -16,6 +16,8 @@ void smo_set_cpus(const int32_t *list, int n);
 caller_t smo_bind_caller(int threads);
 void smo_release_caller(const caller_t *caller);
 void smo_bind_worker(void);
+/* Whether this thread's AMX tiles are as amx.h wants them; no longer in the next region. */
+extern __thread int smo_tiles_configured;
 
 /* All threads run the rest, which may hold work-sharing constructs. */
 #define EACH_THREAD(threads, ...)                           \

@@ -22,7 +22,7 @@ static inline part_t part_of(const void *w, size_t w_stride, int steps, int t, c
 static inline void tile_rows(const isa_t *isa, const uint16_t *const *x, int n, const void *w, int steps, int columns, int accumulate,
                              float *out, size_t out_stride, const void *next, size_t next_bytes)
 {
-    const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, format = isa->halves == 2 ? KV_FP32 : KV_BF16;
+    const int format = isa->halves == 2 ? KV_FP32 : KV_BF16, n_tiles = (n + isa->tile_rows[format] - 1) / isa->tile_rows[format];
     const size_t step = fetch_step(next_bytes, n_tiles, steps);
     for (int r = 0, t = 0; t < n_tiles; t++) {
         const int rows = n / n_tiles + (t < n % n_tiles);

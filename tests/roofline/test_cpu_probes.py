@@ -138,6 +138,7 @@ def test_peaks_of_unknown_names_do_not_exist() -> None:
         Peak("fp7_fma", 1)
 
 
+@pytest.mark.alone
 def test_a_real_machine_with_a_made_up_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     if cpu.cache_bytes()["l3"] > 80 * MIB:
         pytest.skip("this L3 is really large")

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from specmoeoff.specs.base import FileSpec, Spec
-from specmoeoff.specs.model import ModelSpec, Precision
+from specmoeoff.specs.model import ExpertFormat, ModelSpec, Precision
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,6 +20,7 @@ class PlanModel(Spec):
     name: str
     fingerprint: str
     precision: Precision = "bf16"
+    expert_format: ExpertFormat = "bf16"
 
 
 class PlanDecode(Spec):

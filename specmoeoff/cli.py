@@ -548,7 +548,7 @@ def tune(
         ("live requests", f"{d.batch} in {d.micro_batches} micro-batches"),
         (
             "experts",
-            f"in {plan.model.expert_format}, {e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead{on_host}",
+            f"in {spec.packed_format}, {e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead{on_host}",
         ),
         (
             "predicted",

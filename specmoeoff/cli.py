@@ -15,6 +15,7 @@ from specmoeoff import __version__
 from specmoeoff.errors import AnotherModel, AnswerIsNo, BadInput, SpecMoEOffError
 
 if TYPE_CHECKING:
+    from specmoeoff.runtime.perplexity import Perplexities
     from specmoeoff.specs.plan import MeasuredTrial, Outlook, Plan
     from specmoeoff.specs.profile import HardwareProfile
     from specmoeoff.specs.workload import Workload
@@ -39,6 +40,12 @@ Draft = Annotated[
 ]
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="bf16 or fp32: of weights, activations and KV cache.")
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        "--experts", help="bf16, int8, int4 or mxfp4: of the experts' weights; default: as the checkpoint has them."
+    ),
 ]
 DiskLimit = Annotated[float | None, typer.Option("--disk-limit-gb-per-s", help="Cap the disk lane.")]
 
@@ -166,22 +173,43 @@ def _check_disk_limit(value: float | None) -> None:
     _check_range("--disk-limit-gb-per-s", value, 0.01, 1000.0)
 
 
-def _check_precision(precision: str) -> None:
+def _check_formats(precision: str, experts: str | None) -> None:
     if precision not in ("bf16", "fp32"):
         raise BadInput(f"--precision {precision}: choose bf16 or fp32.")
+    if experts not in (None, "bf16", "int8", "int4", "mxfp4"):
+        raise BadInput(f"--experts {experts}: choose bf16, int8, int4 or mxfp4.")
 
 
-def _open_target(model: str, bar: Bar, precision: Any = "bf16") -> tuple[Any, Any]:
-    """Packed target and the tokenizer."""
+def _open_target(model: str, bar: Bar, precision: Any = "bf16", experts: Any = None) -> tuple[Any, Any]:
+    """Packed target and the tokenizer. What experts in fewer bits than the checkpoint's cost is told, and measured once."""
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import model_folder
     from specmoeoff.runtime.pack import pack_model
     from specmoeoff.runtime.tokenizer import Tokenizer
 
     folder = model_folder(model)
-    read_model_spec(folder)
+    own = read_model_spec(folder).expert_format
     tokenizer = Tokenizer(folder)  # before packing, which may take minutes
-    return pack_model(folder, bar.count, precision), tokenizer
+    packed = pack_model(folder, bar.count, precision, experts)
+    if packed.spec.expert_format not in ("bf16", own):
+        try:
+            typer.echo(f"note: {_perplexities(packed, folder, tokenizer, bar).sentence}", err=True)
+        except SpecMoEOffError as error:
+            _warn(f"perplexity with experts in {experts} was not measured: {error}")
+    return packed, tokenizer
+
+
+def _perplexities(packed: Any, folder: Path, tokenizer: Any, bar: Bar, text: Path | None = None) -> "Perplexities":
+    """Kept beside the packed experts for the text they were measured on."""
+    from specmoeoff.files import sha256_text
+    from specmoeoff.runtime.perplexity import Perplexities, compare, text_of
+
+    words, path = text_of(text), packed.folder / "perplexities.json"
+    if path.exists() and (known := Perplexities.load(path)).text_sha256 == sha256_text(words):
+        return known
+    found = compare(packed, folder, tokenizer, words, _n_cores(), bar.count)
+    found.save(path)
+    return found
 
 
 @app.command()
@@ -205,6 +233,7 @@ def profile(
     model: Annotated[list[str] | None, typer.Option("--model", help="Also measure this model's operators.")] = None,
     draft: Draft = None,
     precision: PrecisionOption = "bf16",
+    experts: Experts = None,
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend, about.")] = 60.0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where the machine was too busy to be measured.")
@@ -218,13 +247,13 @@ def profile(
 
     _check_files({"--output": output}, {})
     _check_range("--budget", budget, 5.0, 86400.0)
-    _check_precision(precision)
+    _check_formats(precision, experts)
     if draft and not model:
         raise BadInput("--draft: drafts for a model; add --model.")
     with progress("opening the model", as_json) as bar:
         specs, disk_file = [], None
         for name in model or []:
-            target, _ = _open_target(name, bar, precision)
+            target, _ = _open_target(name, bar, precision, experts)
             disk_file = disk_file or target.expert_path
             found = find_draft(name, draft, target.spec)
             specs += [target.spec, *([found.spec] if found else [])]
@@ -283,6 +312,7 @@ def workload(
             help="ngram, model:FOLDER, model, which comes with the model, or eagle:HEAD; default: all that come with it.",
         ),
     ] = None,
+    experts: Experts = None,
     requests: Annotated[int, typer.Option("--requests", help="Use at most this many.", min=1)] = 32,
     output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens of each answer.", min=2)] = 64,
     batch: Annotated[int, typer.Option("--batch", help="Live requests.", min=1)] = 16,
@@ -297,10 +327,11 @@ def workload(
     from specmoeoff.specs.plan import PlanThreads
 
     _check_files({"--output": output}, {"--prompts": prompts})
+    _check_formats("bf16", experts)
     with progress("opening the model", as_json) as bar:
         path = prompts or _demo_prompts(model)
         given = read_batch(path)[:requests]
-        target, tokenizer = _open_target(model, bar)
+        target, tokenizer = _open_target(model, bar, experts=experts)
         todo = [to_request(line, tokenizer, target.spec, ignore_eos, output_tokens) for line in given]
         drafts: dict[str, Any] = {}
         for choice in drafter or (["model", "ngram"] if default_draft(model) else ["ngram"]):
@@ -344,6 +375,27 @@ def _demo_prompts(model: str) -> Path:
 
 
 @app.command()
+def perplexity(
+    model: Model,
+    experts: Experts = None,
+    text: Annotated[Path | None, typer.Option("--text", help="Text file; default: the demo's prompts.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What experts in fewer bits cost: the perplexity of a text with them and with bf16."""
+    from specmoeoff.runtime.loading import model_folder
+    from specmoeoff.runtime.pack import pack_model
+    from specmoeoff.runtime.tokenizer import Tokenizer
+
+    _check_formats("bf16", experts)
+    with progress("opening the model", as_json) as bar:
+        folder = model_folder(model)
+        tokenizer = Tokenizer(folder)
+        packed = pack_model(folder, bar.count, experts=experts)  # type: ignore[arg-type]
+        found = _perplexities(packed, folder, tokenizer, bar, text)
+    typer.echo(found.text() if as_json else found.sentence)
+
+
+@app.command()
 def tune(
     profile: Annotated[str, typer.Option("--profile", help="Hardware profile: a file, or a shipped name.")],
     model: Annotated[
@@ -369,6 +421,7 @@ def tune(
     ] = None,
     draft: Draft = None,
     precision: PrecisionOption = "bf16",
+    experts: Experts = None,
     kv_tokens: Annotated[
         int | None,
         typer.Option("--kv-tokens", help="Tokens the KV cache holds; default: every live request's context.", min=1),
@@ -417,7 +470,7 @@ def tune(
     inputs = {"--profile": profile_file, "--workload": workload_file, "--calibrate": calibrate}
     _check_files({"--output": output, "--trace": trace}, inputs)
     _check_disk_limit(disk_limit_gb_per_s)
-    _check_precision(precision)
+    _check_formats(precision, experts)
     if search not in ("exhaustive", "optuna"):
         raise BadInput(f"--search {search}: choose exhaustive or optuna.")
     for option, value in (("--trials", trials), ("--storage", storage)):
@@ -429,7 +482,7 @@ def tune(
     is_shape = model in names("models") and not Path(model).exists()
     folder = None if is_shape else model_folder(model)
     spec = read_model_spec(folder) if folder else ModelShape.load(find("models", model)).model
-    spec = spec.model_copy(update={"precision": precision})
+    spec = spec.run_in(precision, experts)  # type: ignore[arg-type]
     found = find_draft(model, draft, spec)
     if draft and found and found.drafter not in behaviour.acceptance:
         raise BadInput(
@@ -467,6 +520,7 @@ def tune(
             "--draft": draft,
             "--kv-tokens": kv_tokens,
             "--precision fp32": precision == "fp32",
+            "--experts": experts,
         }
         for option in [name for name, value in only_without_gpu.items() if value and plans_for_gpu(request)]:
             raise BadInput(f"{option}: is not for plans of a machine with a GPU yet; leave it out.")
@@ -494,7 +548,7 @@ def tune(
         ("live requests", f"{d.batch} in {d.micro_batches} micro-batches"),
         (
             "experts",
-            f"{e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead{on_host}",
+            f"in {spec.packed_format}, {e.n_resident} resident, {e.stream_slots} stream slots, {sum(map(len, e.prefetch))} read ahead{on_host}",
         ),
         (
             "predicted",
@@ -877,7 +931,7 @@ def _model_of(plan: "Plan") -> Any:
 
     try:
         spec = read_model_spec(model_folder(plan.model.source))
-        return spec.model_copy(update={"precision": plan.model.precision})
+        return spec.run_in(plan.model.precision, plan.model.expert_format)
     except SpecMoEOffError:
         return None
 

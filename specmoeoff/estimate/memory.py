@@ -18,7 +18,7 @@ GPT_OSS_SWIGLU = Swiglu(alpha=1.702, limit=7.0, shift=1.0)
 
 def expert_stride(spec: ModelSpec) -> int:
     """Bytes between experts in the packed file: whole disk blocks."""
-    return -(-packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision) // 4096) * 4096
+    return -(-packed_expert_bytes(spec.hidden, spec.intermediate, spec.packed_format) // 4096) * 4096
 
 
 def layer_shape(spec: ModelSpec, layer: int = -1) -> LayerShape:
@@ -134,7 +134,7 @@ def plan_memory(
     """Bytes by tier and purpose. `draft` counts only where the plan drafts with it."""
     stride, rows = expert_stride(spec), max_rows(decode)
     workspace = workspace_bytes(spec, rows, decode.context_tokens) + scratch_bytes(
-        layer_shape(spec), rows, decode.context_tokens, n_threads
+        layer_shape(spec), rows, decode.context_tokens, n_threads, spec.packed_format
     )
     host = {
         "process": process_bytes,

@@ -180,7 +180,9 @@ class Checkpoint:
                 )
         self._check_tensors(spec)
         self._descriptors: dict[str, int] = {}
-        self.spec = spec.model_copy(update={"fingerprint": self._fingerprint(spec)})
+        self.spec = spec.model_copy(
+            update={"fingerprint": self._fingerprint(spec), "expert_format": "mxfp4" if self._has_mxfp4 else "bf16"}
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -238,8 +240,13 @@ class Checkpoint:
         values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, 32)
         return np.ldexp(values, scales[..., None].astype(np.int32) - 127).reshape(len(scales), -1)
 
+    @property
+    def _has_mxfp4(self) -> bool:
+        """Whether all routed experts are stored so."""
+        return f"{stacked_expert_name(0, 'down_proj')}_blocks" in self.places
+
     def _expected(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-        return expected_shapes(spec, f"{stacked_expert_name(0, 'down_proj')}_blocks" in self.places)
+        return expected_shapes(spec, self._has_mxfp4)
 
     def _check_tensors(self, spec: ModelSpec) -> None:
         expected = self._expected(spec)

@@ -163,6 +163,26 @@ class Engine:
         """Whether anything is left to do."""
         return bool(self.live or self._waiting)
 
+    def score(self, tokens: Items[int]) -> np.ndarray:
+        """Natural log-probability of each of tokens[1:] after those before it, (n - 1,) float64, while no request is live."""
+        scores: list[np.ndarray] = []
+        self._pages.reserve(0, len(tokens))
+        for first in range(0, len(tokens) - 1, self.decode.prefill_chunk_tokens):
+            given = np.asarray(tokens[first:-1][: self.decode.prefill_chunk_tokens], np.int32)
+            n, rows = len(given), np.arange(len(given))
+            self._executor.forward(
+                self._window, given, [make_rows(0, [n], [first], self._pages.table[:1])], Trace(self.store.n_slots)
+            )
+            self._window += 1
+            for error in self._executor.failed_rows.values():
+                raise error
+            logits = np.empty((n, self.spec.vocab), np.float32)
+            self.model.choose(rows, logits)
+            beyond = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+            scores.append(beyond[rows, tokens[first + 1 : first + 1 + n]] - np.log(np.exp(beyond).sum(axis=1)))
+        self._pages.release(0)
+        return np.concatenate(scores)
+
     def pause(self) -> None:
         """Stop reading ahead, so that something else can be measured; the next window begins anew."""
         self._executor.idle()

@@ -82,7 +82,13 @@ class GgufCheckpoint(Checkpoint):
         self._names = self._names_of(architecture, spec)
         self._paired_rows = architecture == "llama"
         self._check_gguf(spec, path)
-        self.spec = spec.model_copy(update={"fingerprint": self._fingerprint(spec)})
+        self.spec = spec.model_copy(
+            update={"fingerprint": self._fingerprint(spec), "expert_format": "mxfp4" if self._has_mxfp4 else "bf16"}
+        )
+
+    @property
+    def _has_mxfp4(self) -> bool:
+        return {p.dtype for name, p in self.places.items() if name.endswith("_exps.weight")} == {"MXFP4"}
 
     def _read_part(self, path: Path) -> dict[str, Any]:
         """Metadata of one file; its tensors are added to the places. `shape` there is the stored one."""

@@ -74,7 +74,7 @@ def find_draft(model: str, named: str | None, target: ModelSpec) -> Draft | None
         check_head(folder, spec, target)
     elif spec.n_experts != 1 or spec.vocab != target.vocab:
         raise BadInput(f"{folder}: a draft must be dense and share the target's {target.vocab} tokens; name another.")
-    same = spec.model_copy(update={"precision": target.precision})
+    same = spec.run_in(target.precision)
     return Draft("eagle" if is_head else "model", source if source == DEMO_DRAFT else str(folder.resolve()), same)
 
 
@@ -95,7 +95,7 @@ def load_runnable(path: Path | str) -> Plan:
 def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     """Check that the plan can run and that the models are those it was made for, pack them if need be, open everything."""
     folder = model_folder(plan.model.source)
-    spec = read_model_spec(folder).model_copy(update={"precision": plan.model.precision})
+    spec = read_model_spec(folder).run_in(plan.model.precision, plan.model.expert_format)
     _check_same(plan.model, folder, spec)
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
@@ -114,7 +114,9 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(
-        CheckpointWeights(folder) if plan.gpu else pack_model(folder, progress, plan.model.precision),
+        CheckpointWeights(folder)
+        if plan.gpu
+        else pack_model(folder, progress, plan.model.precision, plan.model.expert_format),
         draft,
         Tokenizer(folder),
     )

@@ -107,6 +107,7 @@ class Model:
             [slots[expert] for expert in packed],
             self.work.expert_out[: n_rows * self.spec.n_active],
             self.spec.intermediate,
+            self.spec.packed_format,
             biases=None if biases is None else [biases[expert] for expert in packed],
             swiglu=expert_activation(self.spec),
         )

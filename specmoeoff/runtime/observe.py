@@ -151,7 +151,7 @@ def observe(
                 routing.clear()
             output_lengths = [s.n_output for s in engine.finished]
         if drafter != "none":
-            acceptance[drafter] = counter.acceptance("measured here")
+            acceptance[drafter] = counter.acceptance(f"measured here, experts in {spec.packed_format}")
     popularity = chosen / max(n_tokens, 1)
     union = union_points(log)
     return Workload(

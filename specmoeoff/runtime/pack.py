@@ -16,7 +16,7 @@ from specmoeoff.errors import BadInput, MissingCapability
 from specmoeoff.estimate.memory import dense_bytes, expert_stride, layer_arrays
 from specmoeoff.files import cache_dir
 from specmoeoff.kernels.cpu import aligned_empty, pack_expert, pack_linear, packed_expert_bytes, packed_linear_bytes
-from specmoeoff.precision import Precision
+from specmoeoff.precision import ExpertFormat, Precision
 from specmoeoff.runtime.architectures import layer_tensors
 from specmoeoff.runtime.build_folder import build_folder
 from specmoeoff.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -65,7 +65,7 @@ class PackedModel:
         self.spec = manifest.model
         self.expert_path = folder / EXPERTS
         self.expert_stride = manifest.expert_stride
-        self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate, self.spec.precision)
+        self.expert_bytes = packed_expert_bytes(self.spec.hidden, self.spec.intermediate, self.spec.packed_format)
 
     @property
     def expert_sha256(self) -> tuple[tuple[str, ...], ...]:
@@ -210,14 +210,14 @@ def _write_dense(checkpoint: Checkpoint, spec: ModelSpec, folder: Path) -> dict[
 def _write_experts(
     checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress
 ) -> tuple[tuple[str, ...], ...]:
-    n_bytes = packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision)
+    n_bytes = packed_expert_bytes(spec.hidden, spec.intermediate, spec.packed_format)
     buffer = np.zeros(_aligned(n_bytes), np.uint8)
     sums = []
     with (folder / EXPERTS).open("wb") as stream:
         for layer in range(spec.n_dense_layers, spec.n_layers):
             row = []
             for expert in range(spec.n_experts):
-                pack_expert(*checkpoint.expert(layer, expert, spec.precision), buffer[:n_bytes])
+                pack_expert(*checkpoint.expert(layer, expert, spec.precision), buffer[:n_bytes], spec.packed_format)
                 row.append(hashlib.sha256(buffer.data).hexdigest())
                 stream.write(buffer.data)
             # Or the page cache would count hundreds of megabytes of dirty pages before the first sync.
@@ -227,11 +227,16 @@ def _write_experts(
     return tuple(sums)
 
 
-def pack_model(folder: Path | str, progress: Progress = lambda *_: None, precision: Precision = "bf16") -> PackedModel:
-    """The packed form of a checkpoint folder or GGUF file, made now if it is not in the cache."""
+def pack_model(
+    folder: Path | str,
+    progress: Progress = lambda *_: None,
+    precision: Precision = "bf16",
+    experts: ExpertFormat | None = None,
+) -> PackedModel:
+    """The packed form of a checkpoint folder or GGUF file, made now if it is not in the cache; formats as ModelSpec.run_in."""
     with open_checkpoint(folder) as checkpoint:
-        spec = checkpoint.spec.model_copy(update={"precision": precision})
-        suffix = "" if precision == "bf16" else f"-{precision}"
+        spec = checkpoint.spec.run_in(precision, experts)
+        suffix = "" if spec.packed_format == "bf16" else f"-{spec.packed_format}"
         final = cache_dir() / "packed" / f"{spec.fingerprint[:16]}{suffix}"
 
         def fill(partial: Path) -> None:

@@ -51,7 +51,14 @@ def plan_here(plan: Plan, workload_text: str) -> Plan:
             "--context",
             str(plan.decode.context_tokens),
         ]
-        what: list[str | Path] = ["--model", source, "--precision", plan.model.precision]
+        what: list[str | Path] = [
+            "--model",
+            source,
+            "--precision",
+            plan.model.precision,
+            "--experts",
+            plan.model.expert_format,
+        ]
         _command("profile", *what, "-o", profile)
         made_from: list[str | Path] = ["--profile", profile, *what, "--workload", workload]
         _command("tune", *made_from, "-o", own, *memory, *cap)

@@ -20,6 +20,7 @@ from specmoeoff.roofline.recalibrate import Recalibrator, typical
 from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.loading import Opened
+from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes, disk_bytes_read, peak_rss_bytes
 from specmoeoff.runtime.sampling import GREEDY
 from specmoeoff.runtime.sequence import Request
@@ -92,15 +93,16 @@ class Validator:
         requests: Sequence[Request],
         options: Options,
     ) -> None:
-        if plan.gpu:
+        if plan.gpu or not isinstance(opened.target, PackedModel):
             raise MissingCapability(
                 "plans for a machine with a GPU cannot be validated yet; `run` them, and see `make gpu-check`."
             )
-        self.plan, self.opened, self.profile, self.workload = plan, opened, profile, workload
+        self.plan, self.target, self.draft = plan, opened.target, opened.draft
+        self.profile, self.workload = profile, workload
         self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options
         self.tuned, self.plain = tuned_part(plan), plan.plain
-        self.spec = opened.target.spec
-        self.draft_spec = opened.draft.spec if opened.draft else None
+        self.spec = self.target.spec
+        self.draft_spec = self.draft.spec if self.draft else None
         self.limit = plan.limits.disk_limit_gb_per_s
         self.checks: list[Check] = []
         self.comparisons: list[Comparison] = []
@@ -154,10 +156,10 @@ class Validator:
         self.checks.append(Check(name=name, passed=passed, detail=detail, cause="" if passed else cause))
 
     def _experts_intact(self) -> bool:
-        damaged = self.opened.target.damaged_experts(lambda what, i, n: self.options.progress(what, i / n))
+        damaged = self.target.damaged_experts(lambda what, i, n: self.options.progress(what, i / n))
         where = ", ".join(f"layer {layer} expert {expert}" for layer, expert in damaged[:3])
         detail = f"{self.spec.n_all_experts - len(damaged)} of {self.spec.n_all_experts} experts as packed"
-        folder = self.opened.target.folder
+        folder = self.target.folder
         cause = f"expert bytes on disk changed since packing ({where}): delete {folder} and it will be packed anew"
         self._check("experts intact", not damaged, detail, cause)
         return not damaged
@@ -268,7 +270,7 @@ class Validator:
         slots = max(p.experts.n_resident + p.experts.stream_slots for p in parts.values())
         if len(parts) == 1:
             widest = first.decode
-        engine = Engine(self.opened.target, self.opened.draft, widest, first.experts, first.threads, self.limit, slots)
+        engine = Engine(self.target, self.draft, widest, first.experts, first.threads, self.limit, slots)
         if len(parts) > 1:
             self._configure(engine, first)
         return engine
@@ -295,7 +297,7 @@ class Validator:
     ) -> None:
         """One block of each part, from the same tokens on; every other turn in the other order."""
         if self.recalibrator is None:
-            threads, path = self.tuned.threads.compute, self.opened.target.expert_path
+            threads, path = self.tuned.threads.compute, self.target.expert_path
             self.recalibrator = Recalibrator(self.profile, self.spec, threads, path)
         engine.pause()
         before = self.recalibrator.slice()

@@ -1,9 +1,10 @@
 """The shape of a model, as far as planning and running need it."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from specmoeoff.precision import Precision
+from specmoeoff.errors import BadInput
+from specmoeoff.precision import ExpertFormat, PackedFormat, Precision
 from specmoeoff.specs.base import FileSpec, Spec
 
 BF16_BYTES = 2
@@ -19,7 +20,14 @@ Architecture = Literal[
     "deepseek_v3",
     "gpt_oss",
 ]
-MXFP4_BLOCK_PARAMS, MXFP4_BLOCK_BYTES = 32, 17  # 4 bits each and a shared scale (OCP Microscaling Formats 1.0)
+# Weights that share a scale, and their bytes with it; mxfp4: OCP Microscaling Formats 1.0.
+BLOCKS: dict[PackedFormat, tuple[int, int]] = {
+    "fp32": (1, 4),
+    "bf16": (1, 2),
+    "int8": (64, 66),
+    "int4": (64, 34),
+    "mxfp4": (32, 17),
+}
 
 
 class RopeScaling(Spec):
@@ -61,7 +69,8 @@ class ModelSpec(Spec):
     with one dense block in place of experts; latent attention (MLA), which caches `kv_latent` + `rope_head_dim` numbers a token
     for all heads (this runtime: the heads' keys and values) and may have a latent of queries too; layers that see the last
     `sliding_window` tokens only, every other one from the first where not all do; `other_layer_params` are norms of q and k,
-    biases and sinks. `precision` is that of weights, activations and KV cache as they are run.
+    biases and sinks. `precision` is that of weights, activations and KV cache as they are run; `expert_format` that of the routed
+    experts' weights, where they are kept in fewer bits.
     """
 
     name: str
@@ -89,7 +98,7 @@ class ModelSpec(Spec):
     n_sliding_layers: int = 0
     sliding_window: int = 0
     other_layer_params: int = 0
-    expert_format: Literal["bf16", "mxfp4"] = "bf16"
+    expert_format: ExpertFormat = "bf16"
     expert_bias: bool = False
     v_head_dim: int = 0
     q_latent: int = 0
@@ -102,6 +111,20 @@ class ModelSpec(Spec):
     qkv_bias: bool = False
     o_bias: bool = False
     precision: Precision = "bf16"
+
+    def run_in(self, precision: Precision, experts: ExpertFormat | None = None) -> Self:
+        """This model as it is to be run; `experts`: None, as the checkpoint has them. BadInput where the kernels cannot."""
+        experts = experts or (self.expert_format if precision == "bf16" else "bf16")
+        if experts != "bf16" and precision != "bf16":
+            raise BadInput(f"experts in {experts}: are multiplied with bf16, not {precision}; leave one of them out.")
+        if experts != "bf16" and self.n_experts == 1:
+            raise BadInput(f"experts in {experts}: {self.name} is dense and has none; leave it out.")
+        return self.model_copy(update={"precision": precision, "expert_format": experts})
+
+    @property
+    def packed_format(self) -> PackedFormat:
+        """Of the routed experts' weights as the kernels take them."""
+        return self.precision if self.expert_format == "bf16" else self.expert_format
 
     @property
     def has_sinks(self) -> bool:
@@ -149,11 +172,8 @@ class ModelSpec(Spec):
     @property
     def expert_bytes(self) -> int:
         """Of one expert in its format without padding; biases stay in bf16."""
-        if self.expert_format == "mxfp4":
-            weights = self.expert_params // MXFP4_BLOCK_PARAMS * MXFP4_BLOCK_BYTES
-        else:
-            weights = self.expert_params * BF16_BYTES
-        return weights + self.expert_bias_params * BF16_BYTES
+        n_params, n_bytes = BLOCKS[self.packed_format]
+        return self.expert_params // n_params * n_bytes + self.expert_bias_params * BF16_BYTES
 
     @property
     def expert_bias_params(self) -> int:
@@ -231,7 +251,7 @@ class ModelSpec(Spec):
             "groups": self.n_groups,
         }
         flags = {"qkv_bias": self.qkv_bias, f"{self.qk_norm}_norm": self.qk_norm != "none", "sinks": self.has_sinks}
-        flags |= {"expert_bias": self.expert_bias, self.precision: self.precision != "bf16"}
+        flags |= {"expert_bias": self.expert_bias, self.packed_format: self.packed_format != "bf16"}
         return (
             f"h{self.hidden}-i{self.intermediate}-q{self.n_heads}-kv{self.n_kv_heads}-d{self.head_dim}"
             f"-v{self.vocab}-e{self.n_experts}a{self.n_active}"

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from specmoeoff.precision import Precision
+from specmoeoff.precision import ExpertFormat, Precision
 from specmoeoff.specs.base import FileSpec, Spec
 from specmoeoff.specs.model import ModelSpec
 
@@ -21,6 +21,7 @@ class PlanModel(Spec):
     name: str
     fingerprint: str
     precision: Precision = "bf16"
+    expert_format: ExpertFormat = "bf16"
 
 
 class PlanDecode(Spec):

@@ -82,6 +82,8 @@ def _lost(plan: Plan, kv_on_gpu: float = 1.0) -> list[str]:
         lost.append(f"The draft's KV cache of {1 - plan.gpu.draft_kv_share:.0%} of the requests on the CPU.")
     if plan.limits.disk_limit_gb_per_s:
         lost.append(f"The disk cap of {plan.limits.disk_limit_gb_per_s:g} GB/s.")
+    if plan.model.expert_format != "bf16":
+        lost.append(f"Experts in {plan.model.expert_format}: give that engine weights quantised by its own tools.")
     return lost
 
 

@@ -276,7 +276,12 @@ class GpuTuner:
         if chosen.decode.drafter == "eagle" and head is not None:
             draft = PlanModel(source="", name=head.name, fingerprint=head.fingerprint)
         return Plan(
-            model=PlanModel(source=r.model_source, name=r.model.name, fingerprint=r.model.fingerprint),
+            model=PlanModel(
+                source=r.model_source,
+                name=r.model.name,
+                fingerprint=r.model.fingerprint,
+                expert_format=r.model.expert_format,
+            ),
             draft=draft,
             **dict(chosen),
             limits=PlanLimits(fast_memory_bytes=self.limits["fast"], host_memory_bytes=self.limits["host"]),

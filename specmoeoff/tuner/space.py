@@ -102,8 +102,8 @@ def make_space(
     threads = tuple(thread_counts(profile, spec.shape_key))
     if not threads:
         raise BadInput(
-            f"profile {profile.name}: no operator was measured at the shape of {spec.name}; "
-            "run `specmoeoff profile --model` with this model."
+            f"profile {profile.name}: no operator was measured at the shape of {spec.name} with experts in "
+            f"{spec.packed_format}; run `specmoeoff profile --model` with this model, --experts and --precision."
         )
     lengths: dict[DrafterName, tuple[int, ...]] = {"none": (0,)}
     names: tuple[DrafterName, ...] = (drafter, "ngram") if draft else ("ngram",)

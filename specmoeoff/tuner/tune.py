@@ -188,7 +188,7 @@ class Tuner:
         r = self.request
         files = (r.profile.text(), r.workload.text(), r.model.fingerprint, r.draft.fingerprint if r.draft else "")
         limits = (self.fast_bytes, r.host_memory_bytes, self.context_tokens, r.kv_tokens, r.disk_limit_gb_per_s)
-        return (*files, *limits, r.model.precision)
+        return (*files, *limits, r.model.packed_format)
 
     def price(self, choice: Choice) -> Prediction | None:
         """What is predicted of a choice, None where it does not fit or its sizes were not measured."""
@@ -330,7 +330,13 @@ class Tuner:
 
 
 def _plan_model(source: str, spec: ModelSpec) -> PlanModel:
-    return PlanModel(source=source, name=spec.name, fingerprint=spec.fingerprint, precision=spec.precision)
+    return PlanModel(
+        source=source,
+        name=spec.name,
+        fingerprint=spec.fingerprint,
+        precision=spec.precision,
+        expert_format=spec.expert_format,
+    )
 
 
 def plans_for_gpu(request: TuneRequest) -> bool:

@@ -14,12 +14,11 @@ from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
 
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.precision import Precision
+from specmoeoff.precision import PackedFormat, Precision
 
 PAGE_TOKENS = 128
 LANES = 16
@@ -302,8 +301,7 @@ def pack_linear(weight: np.ndarray, out: np.ndarray) -> None:
     _library().smo_pack_linear(source, n_out, n_in * HALVES[precision], target)
 
 
-ExpertFormat = Literal["fp32", "bf16", "int8", "int4", "mxfp4"]
-_FORMATS: dict[ExpertFormat, tuple[int, int]] = {  # C's number, and an element's halves before packing
+_FORMATS: dict[PackedFormat, tuple[int, int]] = {  # C's number, and an element's halves before packing
     "fp32": (0, 2),
     "bf16": (0, 1),
     "int8": (1, 1),
@@ -320,14 +318,14 @@ def _format(format: str) -> tuple[int, int]:
     return _FORMATS[format]
 
 
-def packed_expert_bytes(hidden: int, intermediate: int, format: ExpertFormat = "bf16") -> int:
+def packed_expert_bytes(hidden: int, intermediate: int, format: PackedFormat = "bf16") -> int:
     """Bytes of a packed expert: gate, up and down."""
     sizes = _size("hidden", hidden, 2), _size("intermediate", intermediate, 2)
     return int(_library().smo_packed_expert_bytes(*sizes, *_format(format)))
 
 
 def pack_expert(
-    gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, format: ExpertFormat | None = None
+    gate: np.ndarray, up: np.ndarray, down: np.ndarray, out: np.ndarray, format: PackedFormat | None = None
 ) -> float:
     """gate, up (intermediate, hidden), down (hidden, intermediate) bf16 or fp32 -> out (packed_expert_bytes,) uint8.
 
@@ -836,7 +834,7 @@ class Kernels:
         row_slots: Sequence[np.ndarray],
         out: np.ndarray,
         intermediate: int,
-        format: ExpertFormat | None = None,
+        format: PackedFormat | None = None,
         biases: Sequence[np.ndarray] | None = None,
         swiglu: Swiglu = SILU,
     ) -> None:
@@ -995,7 +993,7 @@ class Kernels:
 
 
 def scratch_bytes(
-    shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int, expert_format: ExpertFormat | None = None
+    shape: LayerShape, max_rows: int, context_tokens: int, n_threads: int, expert_format: PackedFormat | None = None
 ) -> int:
     """Scratch memory a Kernels object ends up with after passes of up to `max_rows` rows in contexts of `context_tokens`."""
     _of("shape", shape, LayerShape)

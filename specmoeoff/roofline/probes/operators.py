@@ -58,7 +58,7 @@ class Bench:
         self.spec, self.n_threads = spec, n_threads
         self.kernels = Kernels(n_threads, precision=spec.precision)
         self._rng = np.random.default_rng(0)
-        n_expert = packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision)
+        n_expert = packed_expert_bytes(spec.hidden, spec.intermediate, spec.packed_format)
         self.n_layers = n_layers = max(2, min(40, COLD_BYTES // n_expert))
         self.contexts = tuple(c for c in CONTEXTS if c + max(TOKENS) <= spec.max_positions) or (64,)
         self.experts = [self._weights(n_expert) for _ in range(n_layers)]
@@ -129,7 +129,7 @@ class Bench:
         def work() -> None:
             self._turn += group
             chosen = [self.experts[(self._turn + i) % len(self.experts)] for i in range(group)]
-            self.kernels.experts(normed, chosen, slots, out, spec.intermediate, biases=biases, swiglu=swiglu)
+            self.kernels.experts(normed, chosen, slots, out, spec.intermediate, spec.packed_format, biases, swiglu)
 
         return work
 
@@ -334,12 +334,13 @@ def _tables(
     if spec.n_experts == 1:
         params["dense_layer"] = blocks["attention_block"] + spec.expert_params
     rows_alone = [*params, "combine"]
-    param_bytes = BF16_BYTES * HALVES[spec.precision]
+    weight_bytes = {name: BF16_BYTES * HALVES[spec.precision] * n for name, n in params.items()}
+    weight_bytes["expert"] = weight_bytes["experts"] = bench.experts[0].nbytes
 
     def work_of(operator: str, n: float, context: int) -> tuple[float, float]:
         """FLOPs and bytes."""
         if operator in params:
-            return 2.0 * params[operator] * n, float(param_bytes * params[operator])
+            return 2.0 * params[operator] * n, float(weight_bytes[operator])
         if operator == "combine":
             return 2.0 * n * spec.n_active * spec.hidden, 4.0 * n * spec.hidden * (spec.n_active + 2)
         if operator in bench.attentions:

@@ -96,7 +96,7 @@ def check_head(folder: Path | str, head: ModelSpec, target: ModelSpec) -> None:
 def load_eagle_head(folder: Path | str, target: ModelSpec) -> EagleHead:
     """Read and pack a head. Raises BadInput where it is no EAGLE head, or one of another target."""
     with EagleCheckpoint(folder) as checkpoint:
-        spec = checkpoint.spec.model_copy(update={"precision": target.precision})
+        spec = checkpoint.spec.run_in(target.precision)
         read = partial(checkpoint.tensor, precision=target.precision)
         check_head(folder, spec, target)
         gate, up, down = (read(name.removeprefix("model.")) for name in expert_tensor_names(spec, 0, 0))

@@ -11,7 +11,8 @@ demo: $(VENV)/installed
 
 # Two at a time; a wait for a thread of the other's is better slept through than spun through.
 test: lint sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -m alone
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist worksteal -m "not alone"
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .

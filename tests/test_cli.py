@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from specmoeoff.errors import BadInput
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
-from specmoeoff.tuner.tune import TuneRequest, tune
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -29,9 +27,10 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 @pytest.fixture
-def plan(made_up_request: TuneRequest, tmp_path: Path) -> Path:
-    sources = {"model_source": str(tmp_path / "model"), "draft_source": str(tmp_path / "draft")}
-    tune(replace(made_up_request, **sources)).save(tmp_path / "plan.toml")
+def plan(plan: Plan, tmp_path: Path) -> Path:
+    assert plan.draft
+    at = {name: getattr(plan, name).model_copy(update={"source": str(tmp_path / name)}) for name in ("model", "draft")}
+    plan.model_copy(update=at).save(tmp_path / "plan.toml")
     return tmp_path / "plan.toml"
 
 

@@ -1,5 +1,7 @@
 """Bytes by tier of a plan, exact to the allocation: what the runtime will take, and what to change where it is too much."""
 
+from functools import cache
+
 from specmoeoff.kernels.cpu import (
     HALVES,
     PAGE_TOKENS,
@@ -75,6 +77,7 @@ def expert_activation(spec: ModelSpec) -> Swiglu:
     return GPT_OSS_SWIGLU if spec.architecture == "gpt_oss" else SILU
 
 
+@cache
 def dense_bytes(spec: ModelSpec) -> int:
     """Embedding, head, norms, attention projections, routers and shared feed-forwards as packed."""
     embedding = 2 * HALVES[spec.precision] * spec.vocab * spec.hidden
@@ -94,6 +97,7 @@ def _layers_bytes(spec: ModelSpec) -> int:
     return n_bytes
 
 
+@cache
 def eagle_bytes(head: ModelSpec) -> int:
     """An EAGLE head's layer and linear map; embedding and output matrix are the target's."""
     linear = packed_linear_bytes(head.hidden, 2 * head.hidden, head.precision)

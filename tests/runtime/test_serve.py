@@ -25,6 +25,7 @@ openai = pytest.importorskip("openai", reason="the official client is not instal
 pytest.importorskip("fastapi", reason="the `serve` extra is not installed")
 
 KEY = "a-key-of-this-test"
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # else every thread's pool hides what is lost
 MANNERS = ("whole", "streamed", "slow", "leaves", "malformed", "too long")
 MESSAGES: Any = [{"role": "user", "content": "Grüße, 世界"}]
 
@@ -35,7 +36,10 @@ class Served:
     def __init__(self, plan: Path, *options: str, **environment: str) -> None:
         command = [sys.executable, "-W", "error", "-m", "specmoeoff", "serve", str(plan), "--port", "0", *options]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "SPECMOEOFF_API_KEY": "", **environment}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "SPECMOEOFF_API_KEY": "", **ONE_ARENA, **environment},
         )
         assert self.process.stderr
         self.said = ""
@@ -362,13 +366,13 @@ def test_five_hundred_clients_of_all_manners_leave_nothing_behind(served: Served
 
     n_files = served.size()[0]
     sizes = []
-    for _ in range(5):
+    for _ in range(3):
         storm()
         sizes.append(served.size()[1])
-    assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS) == 2500, (
+    assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS) == 1500, (
         outcomes
     )
-    assert min(sizes[3:]) < 1.08 * max(sizes[:3])  # by then the allocator's pools have grown to what they stay at
+    assert sizes[2] < 1.05 * sizes[0]
     deadline = time.monotonic() + 2 * KEEP_ALIVE_S
     while served.size()[0] > n_files and time.monotonic() < deadline:  # idle connections are closed
         time.sleep(0.1)

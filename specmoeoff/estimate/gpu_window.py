@@ -116,7 +116,7 @@ class GpuEstimator:
         pieces = np.where(c.on_demand, 1, c.micro_batches)
         load_bytes = self.loaded(c) * spec.expert_bytes / pieces
         after_params = spec.output_params + spec.router_params + spec.ffn_params / spec.n_layers
-        return {
+        prices = {
             "pre_attention": self._gpu(2 * rows * spec.qkv_params, spec.qkv_params * BF16_BYTES),
             "gpu_attention": (c.kv_share > 0) * self._gpu(c.kv_share * attention_flops, c.kv_share * kv_bytes),
             "offload": self._copy(far * rows * (queries * BF16_BYTES + spec.kv_width * FP32_BYTES), rates.d2h_bytes),
@@ -133,6 +133,9 @@ class GpuEstimator:
             "verify": np.full(len(c), GPU_START_S.value),
             **self._draft_prices(c, context),
         }
+        for kind, scale in rates.scales.items():
+            prices[kind] = prices[kind] * np.interp(n_tokens, scale.n_tokens, scale.factor)
+        return prices
 
     def _draft_prices(self, c: Choices, context: Array) -> Prices:
         """Of one step. The first also reads the tokens accepted in the window before: its rows are spread over all."""

@@ -4,7 +4,8 @@ Efficiencies are stated here once, with where each is from; SpecMoEOff's are our
 (A30, Mixtral-8x7B, 512 in, 128 out, 5 drafted, a batch of 1,820 inferred from 142.2 GiB of KV) over the datasheet's roof.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from specmoeoff.errors import BadInput
@@ -42,9 +43,16 @@ ASSUMPTIONS = {
 }
 
 
+class Scale(NamedTuple):
+    """Measured over predicted seconds of a kind of node, by the tokens a request brings."""
+
+    n_tokens: tuple[float, ...]
+    factor: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s and bytes/s."""
+    """FLOP/s and bytes/s. `scales`: of node kinds that windows of this machine and model measured (gpu_refit.py)."""
 
     gpu_flops: float
     gpu_bytes: float
@@ -53,6 +61,7 @@ class Rates:
     dram_bytes: float
     h2d_bytes: float
     d2h_bytes: float
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def dram_bytes_beside_link(self) -> float:

@@ -67,7 +67,8 @@ class RandomWeights:
 
     def expert(self, layer: int, expert: int, out: np.ndarray) -> None:
         """See GpuWeights."""
-        out[:] = self._random(out.shape, 1 + layer * self.spec.n_experts + expert)
+        for first in range(0, len(out), BLOCK):
+            out[first : first + BLOCK] = self._block[: len(out) - first]
 
     def host_expert(self, layer: int, expert: int) -> np.ndarray:
         """See GpuWeights."""

@@ -111,8 +111,9 @@ class CupyDevice:
 
     def pinned(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """See Device."""
-        n = int(np.prod(shape))
-        memory = self._cupy.cuda.alloc_pinned_memory(max(1, n * np.dtype(dtype).itemsize))
+        n, cuda = int(np.prod(shape)), self._cupy.cuda
+        # Not from CuPy's pool, which rounds up to powers of two and gives nothing back.
+        memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(1, n * np.dtype(dtype).itemsize)), 0)
         return np.frombuffer(memory, dtype, n).reshape(shape)
 
     def address(self, array: Array) -> int:

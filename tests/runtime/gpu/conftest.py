@@ -146,7 +146,8 @@ def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     made.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Stream=Stream,
         Event=Event,
-        alloc_pinned_memory=bytearray,
+        PinnedMemory=bytearray,
+        PinnedMemoryPointer=lambda memory, offset: memory[offset:],
         get_elapsed_time=lambda start, end: 2000.0,
         runtime=types.SimpleNamespace(
             getDeviceCount=lambda: 1, deviceSynchronize=lambda: None, memcpyAsync=memcpy_async

@@ -1,5 +1,6 @@
 """The parts of tools/gpu_check.py. Each yields rows as it finds them, so that one that is cut short has told what it knew."""
 
+import json
 import os
 import platform
 import subprocess
@@ -16,25 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from gpu_synthetic import RandomWeights, Synthetic, shape
 
-from specmoeoff.estimate.lanes import steady_window_s
-from specmoeoff.estimate.speculation import expected_tokens
 from specmoeoff.kernels.cuda import launches
 from specmoeoff.runtime.gpu.device import CupyDevice, Device
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
 GPU_MEMORY_BYTES = 24 * GIB
-EAGLE = (
-    0.67,
-    0.62,
-    0.61,
-    0.64,
-    0.63,
-    0.63,
-    0.63,
-    0.63,
-)  # by position; beyond the fifth the fifth's, which nobody measured
-ACCEPTANCE = {"EAGLE on Mixtral": EAGLE, "0.8 everywhere": (0.8,) * 8}
 PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "numpy", "transformers", "accelerate", "pydantic", "pytest")
 
 
@@ -54,6 +42,11 @@ class Setting(NamedTuple):
     rehearsed: bool
     seconds: float  # the section's budget
     library: Path  # the kernels for a CPU
+
+    @property
+    def profile(self) -> Path:
+        """Where section `profile` writes."""
+        return self.library.with_name("measured-profile.json")
 
     @property
     def torch_device(self) -> str:
@@ -112,7 +105,7 @@ def exactness(setting: Setting) -> Rows:
     played = make_device(True, setting.library)
     for near in (False, True):
         here, there, split = (
-            Synthetic(device, shape("tiny", 3), 4, 5, 3, parts=parts, near=near, prefill=True)
+            Synthetic(device, shape("tiny", 3), 4, 5, 3, parts=parts, kv_share=float(near), prefill=True)
             for device, parts in ((setting.device, 2), (played, 2), (setting.device, 1))
         )
         where = f"attention on the {'GPU' if near else 'CPU'}"
@@ -249,65 +242,54 @@ def kernels(setting: Setting) -> Rows:
         del packed, matrices
 
 
+def profile(setting: Setting) -> Rows:
+    """The machine's own profile, which the plans of later sections are made with."""
+    if setting.rehearsed:
+        yield Row("profile", None, note="not run: rehearsal; plans are made with the shipped h100")
+        return
+    command = [sys.executable, "-m", "specmoeoff", "profile", "--budget", "45", "-o", str(setting.profile)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=setting.seconds)
+    if done.returncode:
+        raise AssertionError(done.stderr[-4000:])
+    found = json.loads(setting.profile.read_text())
+    for roof in (*found["peaks"], *found["memory"]):
+        yield Row(
+            f"{roof['device']} {roof['name']}, {roof['n_threads']} threads", roof["rate"]["value"], roof["rate"]["unit"]
+        )
+    for curve in found["links"]:
+        what = f"{curve['direction']} {curve['host_memory']}, beside {curve['beside']}"
+        yield Row(f"link {what}", curve["gb_per_s"], "GB/s")
+
+
 def mixtral(setting: Setting) -> Rows:
     """Four of Mixtral-8x7B's layers."""
-    yield from windows(setting, "mixtral-8x7b", 4, 512, 1024, n_all_layers=32)
+    yield from windows(setting, "mixtral-8x7b", 4)
 
 
 def qwen3(setting: Setting) -> Rows:
     """Six of Qwen3-30B-A3B's layers."""
-    yield from windows(setting, "qwen3-30b-a3b", 6, 512, 1024, n_all_layers=48)
+    yield from windows(setting, "qwen3-30b-a3b", 6)
 
 
-def windows(setting: Setting, name: str, n_layers: int, batch: int, context: int, n_all_layers: int) -> Rows:
-    """Windows of k = 0 and k = 1..8: measured, predicted from each operator's time alone, and bounded by the nodes' own times."""
-    begin, longest = time.perf_counter(), 8
+def windows(setting: Setting, name: str, n_layers: int) -> Rows:
+    """Of plans tuned to this machine for the whole model, on a few layers; k = 0 to 8 at one of them."""
+    from gpu_tuned import LONGEST, Tuned, rows_of
+
+    begin = time.perf_counter()
+    limits = {"fast": GPU_MEMORY_BYTES, "host": int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))}
+    context, batch, n_windows, lengths = 1024, None, 10, tuple(range(LONGEST + 1))
     if setting.rehearsed:
-        name, n_layers, batch, context, longest = "tiny", 2, 4, 20, 1
-    spec = shape(name, n_layers)
+        name, n_layers, context, batch, n_windows, lengths = "tiny", 2, 20, 4, 2, (0, 3)
     limit_memory(setting)
-    n_threads = len(os.sched_getaffinity(0))
-    synthetic = Synthetic(setting.device, spec, batch, context, longest, n_threads=n_threads)
-    runs = synthetic.runs
-    yield Row("layers", n_layers, note=f"of {n_all_layers}; random weights")
-    yield Row("live requests", batch, note=f"each with {context} tokens, attention on {n_threads} cores")
-    yield Row("peak GPU memory", peak_gib(setting), "GiB", note=f"limit {GPU_MEMORY_BYTES / GIB:g} GiB")
-    plain_s = 0.0
-    for k in (0, 5, 3, 8, 1, 2, 4, 6, 7) if longest > 1 else (0, 1):
-        if time.perf_counter() - begin > 0.9 * setting.seconds:
-            yield Row(f"k = {k}", None, note="not measured: the section's time was up")
-            continue
-        runs.lanes.alone = True
-        synthetic.window(k)
-        alone = runs.seconds_by_kind()
-        runs.lanes.alone = False
-        times = []
-        for _ in range(2 if setting.rehearsed else 6):
-            start = time.perf_counter()
-            synthetic.window(k)
-            times.append(time.perf_counter() - start)
-        together = runs.seconds_by_kind()
-        window_s = median(times[1:])
-        plain_s = plain_s or window_s
-        predicted, bound = (period(runs, kinds) for kinds in (alone, together))
-        yield Row(f"k = {k}: window", window_s, "s")
-        yield Row(f"k = {k}: period of its measured nodes", bound, "s")
-        yield Row(f"k = {k}: window over that period", window_s / bound, "x")
-        yield Row(f"k = {k}: predicted from nodes alone, over measured", predicted / window_s, "x")
-        for kind in alone:
-            yield Row(f"k = {k}: {kind}, alone", alone[kind], "s", note="mean of the window's nodes of that kind")
-            yield Row(f"k = {k}: {kind}, beside the others", together[kind], "s")
-        for label, rates in ACCEPTANCE.items():
-            tokens = expected_tokens(rates, k)
-            note = f"acceptance imposed ({label}), not measured; drafting itself is not run; {n_layers} of {n_all_layers} layers"
-            yield Row(f"k = {k}: tokens per second, {label}", batch * tokens / window_s, "tokens/s", note)
-            yield Row(f"k = {k}: over k = 0, {label}", tokens * plain_s / window_s, "x", note)
-
-
-def period(runs: Any, seconds: dict[str, float]) -> float:
-    """Of steady windows whose nodes take so long."""
-    prices = {kind: np.array([s]) for kind, s in seconds.items()}
-    return float(steady_window_s(runs.shape, runs.spec.n_layers, prices)[0])
+    machine = setting.profile if setting.profile.exists() else ROOT / "specmoeoff/profiles/machines/h100.json"
+    yield Row(
+        "profile",
+        machine.stem,
+        note="" if setting.profile.exists() else "by datasheet: this machine's was not measured",
+    )
+    tuned = Tuned(name, n_layers, context, machine, limits, batch)
+    found = rows_of(setting.device, tuned, n_windows, lengths, lambda: peak_gib(setting), begin, 0.85 * setting.seconds)
+    yield from (Row(*row) for row in found)
 
 
 def limit_memory(setting: Setting) -> None:
@@ -328,10 +310,10 @@ def peak_gib(setting: Setting) -> float:
 
 
 def accelerate(setting: Setting) -> Rows:
-    """The same shape, two layers, under Hugging Face accelerate's offload, at ever larger batches until memory or time is up."""
+    """The same shape, two layers, under Hugging Face accelerate's offload, at ever larger batches as far as 24 GiB hold."""
     import torch
     from accelerate import cpu_offload
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 
     spec = shape("tiny" if setting.rehearsed else "mixtral-8x7b", 2)
     context, begin = (20 if setting.rehearsed else 1024), time.perf_counter()
@@ -360,21 +342,26 @@ def accelerate(setting: Setting) -> Rows:
             min(1.0, GPU_MEMORY_BYTES / torch.cuda.get_device_properties(0).total_memory)
         )
     model = cpu_offload(model.eval(), execution_device=torch.device(setting.torch_device))
+    # As many as have room for the KV of all 32 layers beside dense weights and the layer at hand.
+    kv_bytes = 4 * spec.n_kv_heads * spec.head_dim * (context + 1)
+    room = GPU_MEMORY_BYTES - 6 * GIB
+    most = 4 if setting.rehearsed else room // (32 * kv_bytes)
     batch = 4
-    while time.perf_counter() - begin < 0.6 * setting.seconds and batch <= (4 if setting.rehearsed else 1024):
-        try:
-            tokens = torch.ones(batch, context, dtype=torch.long, device=setting.torch_device)
-            with torch.no_grad():
-                cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+    while batch <= most and time.perf_counter() - begin < 0.7 * setting.seconds:
+        cache = DynamicCache(config=config)
+        shape_of = (batch, spec.n_kv_heads, context, spec.head_dim)
+        for layer in range(spec.n_layers):
+            some = torch.randn(shape_of, device=setting.torch_device, dtype=torch.bfloat16)
+            cache.update(some, some, layer)
+        tokens, times = torch.ones(batch, 1, dtype=torch.long, device=setting.torch_device), []
+        with torch.no_grad():
+            for _ in range(3):
                 start = time.perf_counter()
-                model(tokens[:, :1], past_key_values=cache, use_cache=True).logits.float().cpu()
-                seconds = time.perf_counter() - start
-        except torch.cuda.OutOfMemoryError:
-            yield Row(f"batch {batch}", None, note="out of memory")
-            return
-        note = f"decoding after {context} tokens; 2 of 32 layers, KV in GPU memory"
-        yield Row(f"batch {batch}: tokens per second", batch / seconds, "tokens/s", note)
-        batch *= 2
+                model(tokens, past_key_values=cache, use_cache=True).logits.float().cpu()
+                times.append(time.perf_counter() - start)
+        note = f"decoding after {context} tokens; 2 of 32 layers, KV in GPU memory, where {most} requests of all 32 layers fit"
+        yield Row(f"batch {batch}: tokens per second", batch / min(times), "tokens/s", note)
+        batch = most if batch < most < 2 * batch else 2 * batch
 
 
 SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seconds of 9 minutes
@@ -382,6 +369,7 @@ SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seco
     "exactness": (exactness, 45),
     "tests": (tests, 60),
     "link": (link, 30),
+    "profile": (profile, 70),
     "roofs": (roofs, 20),
     "kernels": (kernels, 60),
     "mixtral": (mixtral, 130),

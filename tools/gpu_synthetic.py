@@ -67,6 +67,10 @@ class RandomWeights:
 
     def expert(self, layer: int, expert: int, out: np.ndarray) -> None:
         """See GpuWeights."""
+        self.fill(out)
+
+    def fill(self, out: np.ndarray) -> None:
+        """With the same random numbers over and over."""
         for first in range(0, len(out), BLOCK):
             out[first : first + BLOCK] = self._block[: len(out) - first]
 
@@ -87,7 +91,8 @@ def hash_of(name: str) -> int:
 class Synthetic:
     """A model and `batch` requests that have `context` tokens each; every window runs k + 1 new tokens of all of them, again.
 
-    prefill: their history is computed; else it is nothing but zeros, which only CPU memory is full of.
+    The first experts of a layer are resident, the last on the host. kv_share: of the requests, whose KV is in GPU memory. prefill:
+    their history is computed; else it is random, in GPU memory whatever was there.
     """
 
     def __init__(
@@ -99,30 +104,41 @@ class Synthetic:
         longest: int,
         parts: int = 2,
         resident: int = 0,
+        on_host: int = 0,
+        on_demand: bool = False,
         n_threads: int = 1,
-        near: bool = False,
+        kv_share: float = 0.0,
         prefill: bool = False,
     ) -> None:
-        self.spec, self.batch, self.context, self.parts, self._near = spec, batch, context, parts, near
+        self.spec, self.batch, self.context, self.parts = spec, batch, context, parts
         n_positions = context + longest + 1
         per_request = -(-n_positions // cpu.PAGE_TOKENS)
-        n_pages = batch * per_request
-        self._table = 1 + np.arange(n_pages, dtype=np.int32).reshape(batch, per_request)
+        self._members = np.array_split(np.arange(batch), parts)
+        self._n_near = [round(len(members) * kv_share) for members in self._members]
+        near = np.concatenate([members[:n] for members, n in zip(self._members, self._n_near, strict=True)])
+        order = np.concatenate([near, np.setdiff1d(np.arange(batch), near)])  # GPU memory's pages come first
+        self._table = np.empty((batch, per_request), np.int32)
+        self._table[order] = 1 + np.arange(batch * per_request, dtype=np.int32).reshape(batch, per_request)
+        n_near_pages, n_far_pages = len(near) * per_request, (batch - len(near)) * per_request
         layers = (tuple(range(resident)),) * spec.n_layers
+        away = (tuple(range(spec.n_experts - on_host, spec.n_experts)),) * spec.n_layers
         most = max(longest + 1, context if prefill else 0)
         room = Room(
             batch * most,
             -(-batch // parts) * most,
             batch,
             per_request,
-            n_pages * near,
-            n_pages * (not near),
+            n_near_pages,
+            n_far_pages,
             n_positions,
         )
-        placement = Placement(layers, ((),) * spec.n_layers, False)
-        self.runs = GpuExecutor(RandomWeights(spec), device, placement, room, parts, n_threads, timed=True)
+        weights = RandomWeights(spec)
+        self.runs = GpuExecutor(weights, device, Placement(layers, away, on_demand), room, parts, n_threads, timed=True)
         if prefill:
             self._run(context, 0)
+        else:
+            for pages in self.runs.far_pages:
+                weights.fill(pages.view(np.uint16).reshape(-1))
 
     def window(self, k: int) -> np.ndarray:
         """The tokens chosen after each row, (batch * (k + 1),)."""
@@ -130,10 +146,9 @@ class Synthetic:
 
     def _run(self, n_new: int, context: int) -> np.ndarray:
         parts: list[Rows] = []
-        for members in np.array_split(np.arange(self.batch), self.parts):
+        for members, n_near in zip(self._members, self._n_near, strict=True):
             counts, first = [n_new] * len(members), parts[-1].last if parts else 0
-            near = len(members) * self._near
-            parts.append(make_rows(first, counts, [context] * len(members), self._table[members], near))
+            parts.append(make_rows(first, counts, [context] * len(members), self._table[members], n_near))
         n_rows = self.batch * n_new
         self.runs.forward(np.arange(n_rows, dtype=np.int32) % self.spec.vocab, parts)
         return self.runs.choose(np.arange(n_rows))

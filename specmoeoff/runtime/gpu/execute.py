@@ -118,10 +118,15 @@ class GpuExecutor:
         self.lanes.synchronize(self.nodes[-1].index)
         return self._device.get(self._model.x[:n_rows])
 
-    def seconds_by_kind(self) -> dict[str, float]:
-        """Mean over the nodes of each kind of the last window, once everything is over; only where it was `timed`."""
+    @property
+    def far_pages(self) -> list[np.ndarray]:
+        """Keys and values beside the CPU, of each layer."""
+        return self._model.far_kv
+
+    def seconds_by_kind(self, nodes: Sequence[Node] | None = None) -> dict[str, float]:
+        """Mean over the nodes of each kind of a window, by default the last, once everything is over; only where it was `timed`."""
         self.lanes.drain()
         found: defaultdict[str, list[float]] = defaultdict(list)
-        for node in self.nodes:
+        for node in self.nodes if nodes is None else nodes:
             found[node.kind].append(self.lanes.seconds(node))
         return {kind: fmean(seconds) for kind, seconds in found.items()}

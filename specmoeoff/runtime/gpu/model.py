@@ -78,7 +78,7 @@ class GpuModel:
         self._near_kv = [empty(page, U16) for _ in names] if sizes.n_near_pages else []
         far_bytes = (sizes.n_far_pages + 1) * self._kv_shape.page_bytes
         self._no_pages = empty(launches.pages_shape(0, kv_heads, dim), U16)
-        self._far_kv = [aligned_empty(far_bytes).reshape(-1, self._kv_shape.page_bytes) for _ in names]
+        self.far_kv = [aligned_empty(far_bytes).reshape(-1, self._kv_shape.page_bytes) for _ in names]
 
         # for all rows of a window; away from the GPU what goes there
         far, hosted = rows * bool(sizes.n_far_pages), rows * any(map(len, on_host))
@@ -258,8 +258,8 @@ class GpuModel:
         keys, values = away.reshape(2, len(query), -1)
 
         def attend() -> None:
-            self._kernels.append_kv(self._kv_shape, batch, self._far_kv[layer], keys, values)
-            self._kernels.verify_attention(self._kv_shape, batch, self._far_kv[layer], query, out)
+            self._kernels.append_kv(self._kv_shape, batch, self.far_kv[layer], keys, values)
+            self._kernels.verify_attention(self._kv_shape, batch, self.far_kv[layer], query, out)
 
         return lambda stream: self.device.host(stream, attend, [away, query], [out])
 

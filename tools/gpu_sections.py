@@ -93,7 +93,9 @@ def tests(setting: Setting) -> Rows:
             note=f"not run: {'rehearsal' if setting.rehearsed else ', '.join(missing) + ' missing'}",
         )
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/cuda", "tests/runtime/gpu"]
+    folders = ("tests/kernels/cuda", "tests/runtime/gpu", "tests/roofline/test_link.py")
+    together = ["-n", "6"] if find_spec("xdist") else []  # most of the time Python plays the GPU that is compared with
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", *together, "-m", "gpu", *folders]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=setting.seconds)
     yield Row("pytest -m gpu", done.stdout.strip().splitlines()[-1], note=f"exit status {done.returncode}")
     if done.returncode:
@@ -277,9 +279,9 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
 
     begin = time.perf_counter()
     limits = {"fast": GPU_MEMORY_BYTES, "host": int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))}
-    context, batch, n_windows, lengths = 1024, None, 10, tuple(range(LONGEST + 1))
+    context, batch, n_windows, lengths = 1024, None, 12, tuple(range(LONGEST + 1))
     if setting.rehearsed:
-        name, n_layers, context, batch, n_windows, lengths = "tiny", 2, 20, 4, 2, (0, 3)
+        name, n_layers, context, batch, n_windows, lengths = "tiny", 2, 20, 4, 3, (0, 3)
     limit_memory(setting)
     machine = setting.profile if setting.profile.exists() else ROOT / "specmoeoff/profiles/machines/h100.json"
     yield Row(

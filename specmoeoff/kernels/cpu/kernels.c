@@ -14,8 +14,8 @@
 
 static const isa_t *const ISAS[] = {
 #if defined(__x86_64__)
+    &isa_amxbf16,
     &isa_avx512bf16,
-    &isa_amxbf16, /* only where asked for: nobody has measured it */
     &isa_avx2,
 #endif
     &isa_scalar,

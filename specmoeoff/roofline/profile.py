@@ -30,6 +30,7 @@ from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machi
 GIB = 1 << 30
 ABOVE_PEAK = 1.02
 LAST_S = 5.0
+GPU_SHARE = 0.4  # of the budget
 LIBRARIES = ("numpy", "torch", "optuna", "scipy")
 RUNTIME_IMPORTS = (
     "import specmoeoff.cli, specmoeoff.runtime.validate, specmoeoff.runtime.batch_run, rich.progress, jinja2"
@@ -139,6 +140,8 @@ def measure_profile(
     """
     begun = time.perf_counter()
     me, pressure, steal = machine(), _pressure(), _steal()
+    gpu_s = GPU_SHARE * budget_s if me.gpu else 0.0
+    until = begun + budget_s - gpu_s
     waived: dict[str, str] = {}
     counts, tally = sorted({1, me.n_cores}), cpu_probes.Tally()
     progress("arithmetic peaks", 0.0)
@@ -176,7 +179,7 @@ def measure_profile(
         todo = [(spec, n) for n in reversed(counts) for spec in models]
         for i, (spec, n_threads) in enumerate(todo):
             progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
-            share_s = (begun + budget_s - time.perf_counter()) / (len(todo) - i)
+            share_s = (until - time.perf_counter()) / (len(todo) - i)
             rounds = 9 if n_threads == me.n_cores else 3
             tables += measure_operators(spec, n_threads, share_s, rounds, sample_again, lanes)
         # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
@@ -187,14 +190,14 @@ def measure_profile(
             products = [_merged(*pair) for pair in zip(products, gemm_peaks(counts)[0], strict=True)]
             for _ in range(4):
                 sample_again()
-            if time.perf_counter() > begun + budget_s - LAST_S:
+            if time.perf_counter() > until - LAST_S:
                 break
         if disk:
             link = disk.link()
             if disk.error:
                 waived["disk"] = disk.error
                 tables = [t.model_copy(update={"beside": ()}) for t in tables]
-    on_gpu, links, no_gpu = _gpu(me.gpu, 0.3 * budget_s, progress)
+    on_gpu, links, no_gpu = _gpu(me.gpu, gpu_s, progress)
     waived |= no_gpu
     clock.append(cpu_probes.clock_ghz())
     roofs = [*memory.finish(), *(r for r in on_gpu if r.rate.unit == "GB/s")]

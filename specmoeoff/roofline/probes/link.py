@@ -30,7 +30,7 @@ PATTERN_BYTES = 2 * MIB - 1  # no whole number of blocks, so that exchanged ones
 DRAM_BYTES, COPY_BYTES = 512 * MIB, 64 * MIB
 ROW_S = 2e-3
 # One copy of 1 GiB takes longer than a hundred small ones; more than 512 would near the launch queue's depth of 1024.
-FEWEST, MOST = 4, 512
+FEWEST, MOST = 1, 512
 WARM = 4
 STRIDE = 64 * KIB  # successive copies start this far apart, so that small ones do not hit the same cached lines
 FASTER = 1.05  # than pinned copies: no longer scatter

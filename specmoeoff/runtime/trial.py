@@ -31,7 +31,7 @@ def decode_rate(plan: Plan, opened: Opened, n_windows: int = 6) -> float:
     for i, prompt in zip(range(decode.batch), cycle(_prompts(opened)), strict=False):
         begun = prompt[-(decode.context_tokens // 2) :]
         requests.append(Request(str(i), begun, decode.context_tokens - len(begun)))
-    with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, None) as engine:
+    with Engine(opened.target, opened.draft, decode, plan.experts, plan.threads, gpu=plan.gpu) as engine:
         for first in range(0, decode.batch, size := -(-decode.batch // N_GROUPS)):
             engine.submit(requests[first : first + size])
             while len(engine.live) < min(first + size, decode.batch) or any(s.prefilling for s in engine.live):

@@ -1,12 +1,13 @@
 """From profile, model and workload to a plan for a machine with a GPU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
-from specmoeoff.errors import AnswerIsNo, BadInput, MissingCapability
+from specmoeoff.errors import AnswerIsNo, BadInput
 from specmoeoff.estimate.gpu_choices import Choices, make_problem
 from specmoeoff.estimate.gpu_memory import BUFFERED_LAYERS, tiers, total
 from specmoeoff.estimate.gpu_window import GpuEstimator
@@ -15,7 +16,9 @@ from specmoeoff.estimate.rates import ASSUMPTIONS, rates_of
 from specmoeoff.files import sha256_text
 from specmoeoff.specs.plan import (
     CurvePoint,
+    DrafterName,
     LengthAt,
+    MeasuredTrial,
     Outlook,
     ParetoPoint,
     PlainPlan,
@@ -30,6 +33,7 @@ from specmoeoff.specs.plan import (
     Prediction,
 )
 from specmoeoff.tuner.gpu_space import LONGEST_DRAFT, GpuSpace
+from specmoeoff.tuner.measure import Trials
 from specmoeoff.tuner.search import TIE, optuna_trials
 from specmoeoff.tuner.tune import TuneRequest
 
@@ -38,6 +42,20 @@ FLAT = {
     "residents": "searched in quarters of what fits; every choice is also tried with all that fast memory has left for them",
     "threads": "not searched: the CPU's kernels take turns on their lane, each with all cores",
 }
+
+
+class Candidate(NamedTuple):
+    """A choice to be run. `choice`: its fields, by name."""
+
+    drafter: DrafterName
+    draft_length: int
+    batch: int
+    choice: tuple[tuple[str, float], ...]
+
+    @property
+    def one(self) -> Choices:
+        """As arrays of one."""
+        return Choices(**{name: np.array([value]) for name, value in self.choice})
 
 
 @dataclass(frozen=True)
@@ -60,10 +78,6 @@ class GpuTuner:
 
     def __init__(self, request: TuneRequest) -> None:
         r = self.request = request
-        if r.measure_top:
-            raise MissingCapability(
-                "--measure: plans for a machine with a GPU cannot be tried while tuning yet; leave --measure out."
-            )
         if r.fast_memory_bytes is None:
             raise BadInput("--fast-memory is needed: the memory of the GPU that may be used, for example 24GiB.")
         if r.context_tokens and r.context_tokens > r.model.max_positions:
@@ -264,9 +278,27 @@ class GpuTuner:
         priced = self.with_filled(priced)
         lengths = self._lengths(priced.choices)
         best, plainly = self.best(priced), self.best(priced, lengths == 0)
+        if r.measure is not None and r.measure_top:
+            trials: Trials[Candidate] = Trials(lambda c: self._written(c.one, plainly, priced), r.measure)
+            of_lengths = [self.best(priced, lengths == length) for length in np.unique(lengths)]
+            fastest = sorted(of_lengths, key=lambda one: -float(self.estimator.tokens_per_s(one)[0]))[: r.measure_top]
+            best = trials.best([*map(self._candidate, fastest), self._candidate(plainly)]).one
+            return self._written(best, plainly, priced, trials.told)
+        if self.predict(plainly).tokens_per_s >= self.predict(best).tokens_per_s:
+            best = plainly
+        return self._written(best, plainly, priced)
+
+    def _candidate(self, one: Choices) -> Candidate:
+        draft = self.problem.drafts[int(one.draft[0])]
+        choice = tuple((f.name, getattr(one, f.name)[0].item()) for f in fields(one))
+        return Candidate(draft.drafter, draft.length, int(one.batch[0]), choice)
+
+    def _written(
+        self, best: Choices, plainly: Choices, priced: Priced, measured: tuple[MeasuredTrial, ...] = ()
+    ) -> Plan:
+        """The plan of a choice, beside the best of plain decoding."""
+        r, lengths = self.request, self._lengths(priced.choices)
         chosen, plain = self.part(best), self.part(plainly)
-        if plain.predicted.tokens_per_s >= chosen.predicted.tokens_per_s:
-            best, chosen = plainly, plain
         curve = []
         for length in map(int, np.unique(lengths)):
             one = self.best(priced, lengths == length)
@@ -289,4 +321,5 @@ class GpuTuner:
             plain=plain,
             curve=tuple(curve),
             outlook=self.outlook(best, priced),
+            measured=measured,
         )

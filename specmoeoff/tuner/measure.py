@@ -3,12 +3,13 @@
 Runs are handed in as a function of a plan; one that fails rules out its choice and nothing else.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import islice
 from statistics import median
+from typing import Generic, Protocol, TypeVar
 
 from specmoeoff.errors import AnswerIsNo, TrialFailed
-from specmoeoff.specs.plan import MeasuredTrial, Plan
+from specmoeoff.specs.plan import DrafterName, MeasuredTrial, Plan
 from specmoeoff.tuner.search import Price, Progress, optuna_trials
 from specmoeoff.tuner.space import Choice, Index, Space
 
@@ -16,15 +17,31 @@ Measure = Callable[[Plan], float]  # tokens per second; raises TrialFailed
 ROUNDS, FINALISTS = 3, 3
 
 
-class Trials:
+class Runnable(Hashable, Protocol):
+    """A choice of either kind of machine."""
+
+    @property
+    def drafter(self) -> DrafterName: ...
+
+    @property
+    def draft_length(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+
+C = TypeVar("C", bound=Runnable)
+
+
+class Trials(Generic[C]):
     """Runs of choices, and what came of them. `plan_of` makes a choice's plan."""
 
-    def __init__(self, plan_of: Callable[[Choice], Plan], measure: Measure) -> None:
+    def __init__(self, plan_of: Callable[[C], Plan], measure: Measure) -> None:
         self._plan_of, self._measure = plan_of, measure
-        self._rates: dict[Choice, list[float]] = {}
-        self._failures: dict[Choice, str] = {}
+        self._rates: dict[C, list[float]] = {}
+        self._failures: dict[C, str] = {}
 
-    def run(self, choice: Choice) -> float | None:
+    def run(self, choice: C) -> float | None:
         """Tokens per second of one more run, None where it failed, now or before."""
         self._rates.setdefault(choice, [])
         if choice in self._failures:
@@ -36,7 +53,7 @@ class Trials:
             return None
         return self._rates[choice][-1]
 
-    def best(self, candidates: Iterable[Choice]) -> Choice:
+    def best(self, candidates: Iterable[C]) -> C:
         """The highest median of a few rounds in which all take turns. Raises AnswerIsNo where none survives."""
         candidates = list(dict.fromkeys(candidates))
         for _ in range(ROUNDS):
@@ -64,7 +81,7 @@ class Trials:
 
 
 def best_by_optuna(
-    trials: Trials,
+    trials: Trials[Choice],
     space: Space,
     price: Price,
     starts: Sequence[Choice],

@@ -373,7 +373,7 @@ def tune(request: TuneRequest) -> Plan:
         best = plain
     if r.measure is None or not r.measure_top:
         return tuner.with_outlook(tuner.plan(best, plain, ranked), best)
-    trials = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
+    trials: Trials[Choice] = Trials(lambda choice: tuner.plan(choice, plain, [choice, plain]), r.measure)
     if r.search == "optuna":
         problem = sha256_text(repr((space, tuner.problem, "measured")))[:12]
         starts = [plain, *islice(lengths_once(ranked), max(1, r.measure_top // 3))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.errors import AnswerIsNo, BadInput, TrialFailed
 from specmoeoff.estimate.gpu_choices import Draft
 from specmoeoff.estimate.gpu_memory import GIB, fitting_batch
 from specmoeoff.estimate.speculation import expected_tokens
@@ -202,3 +202,28 @@ def test_a_plan_from_the_command_line_runs_nowhere_here_and_says_why(tmp_path: P
         assert refused.returncode == 3
         assert "no CUDA GPU answers here" in " ".join(refused.stderr.split())
         assert "Traceback" not in refused.stderr
+
+
+def test_the_measured_best_is_planned_whatever_was_predicted(a30: TuneRequest) -> None:
+    """Runs say that two drafted tokens are fastest, that plain decoding comes next, and that three crash."""
+
+    def measure(plan: Plan) -> float:
+        k = plan.decode.draft_length
+        if k == 3:
+            raise TrialFailed("crash", "of this length")
+        return {0: 50.0, 2: 90.0}.get(k, 10.0)
+
+    found = tune(replace(a30, measure_top=4, measure=measure))
+    assert found.decode.draft_length == 2
+    by_length = {t.draft_length: t for t in found.measured}
+    assert {0, 2, 3} <= set(by_length)
+    assert len(by_length) <= 5
+    assert "of this length" in by_length[3].failure
+    assert by_length[2].predicted_tokens_per_s == pytest.approx(found.predicted.tokens_per_s)
+    assert found.plain.decode.draft_length == 0
+
+
+def test_plain_decoding_is_planned_where_runs_say_so(a30: TuneRequest) -> None:
+    found = tune(replace(a30, measure_top=2, measure=lambda plan: 1.0 / (1 + plan.decode.draft_length)))
+    assert found.decode.draft_length == 0
+    assert found.draft is None

@@ -1,6 +1,7 @@
 """The target model of an engine on a machine with a GPU: what the engine asks of an Executor and of an ExpertStore."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class NoStore:
     """Of a machine whose experts all lie in host or GPU memory: nothing is read from disk."""
 
     bytes_planned, busy_s, n_slots = 0, 0.0, 0
+    bucket = SimpleNamespace(gb_per_s=None)
 
     def quiesce(self) -> None:
         """Nothing is on its way."""

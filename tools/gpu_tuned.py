@@ -22,7 +22,7 @@ from specmoeoff.runtime.gpu.device import Device
 from specmoeoff.specs.model import ModelShape, ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Acceptance, Workload
-from specmoeoff.tuner.gpu_tune import GpuTuner
+from specmoeoff.tuner.gpu_tune import FEEDING_CORES, GpuTuner
 from specmoeoff.tuner.tune import TuneRequest
 
 LONGEST = 8
@@ -115,7 +115,7 @@ class Tuned:
             on_host=int(choice.on_host[0]),
             on_demand=bool(choice.on_demand[0]),
             kv_share=float(choice.kv_share[0]),
-            n_threads=len(os.sched_getaffinity(0)),
+            n_threads=max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES),
         )
 
 

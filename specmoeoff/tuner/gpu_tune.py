@@ -37,10 +37,11 @@ from specmoeoff.tuner.measure import Trials
 from specmoeoff.tuner.search import TIE, optuna_trials
 from specmoeoff.tuner.tune import TuneRequest
 
+FEEDING_CORES = 1  # for who enqueues the GPU's work: where it waits for a core, all lanes do
 FLAT_SHARE = 0.999  # of the experts used in a window: from there on it no longer matters which are resident
 FLAT = {
     "residents": "searched in quarters of what fits; every choice is also tried with all that fast memory has left for them",
-    "threads": "not searched: the CPU's kernels take turns on their lane, each with all cores",
+    "threads": "not searched: the CPU's kernels take turns on their lane, each with all cores but the one that feeds the GPU",
 }
 
 
@@ -160,7 +161,7 @@ class GpuTuner:
                 on_host=layers(resident + streamed, spec.n_experts),
             ),
             threads=PlanThreads(
-                compute=r.profile.machine.n_cores,
+                compute=max(1, r.profile.machine.n_cores - FEEDING_CORES),
                 disk_readers=disk.n_readers if disk else 1,
                 disk_chunk_bytes=disk.chunk_bytes if disk else 1 << 20,
             ),

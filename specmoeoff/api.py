@@ -20,7 +20,7 @@ from specmoeoff.runtime.batch_files import (
 )
 from specmoeoff.runtime.loading import Progress, load_runnable, open_plan
 from specmoeoff.runtime.text_stream import TextStream
-from specmoeoff.runtime.validate import Options, Validator
+from specmoeoff.runtime.validate import Options, validate_plan
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import RunRecord
@@ -101,7 +101,7 @@ def validate(
     workload = workload if isinstance(workload, Workload) else Workload.load(workload)
     lines, opened = read_batch(prompts), open_plan(plan)
     requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
-    return Validator(plan, opened, profile, workload, requests, options or Options()).run()
+    return validate_plan(plan, opened, profile, workload, requests, options or Options())
 
 
 def _line(index: int, prompt: Prompt, fields: dict[str, Any]) -> BatchLine:

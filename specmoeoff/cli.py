@@ -507,7 +507,7 @@ def tune(
             kv_tokens=kv_tokens,
             disk_limit_gb_per_s=disk_limit_gb_per_s,
             search=search,  # type: ignore[arg-type]
-            **({"trials": trials} if trials else {}),
+            **({"trials": trials} if trials else {}),  # type: ignore[arg-type]
             seed=seed,
             storage=storage,
             command=" ".join(["specmoeoff", *sys.argv[1:]]),
@@ -599,19 +599,27 @@ def _print_outlook(outlook: "Outlook") -> None:
 
 
 def _refit(request: "TuneRequest", path: Path) -> "tuple[TuneRequest, dict[str, Any]]":
-    """The request with its profile's prices refitted, by which factors, and how right the record's predictions were."""
+    """The request with prices refitted, by which factors, and how right the record's predictions were."""
     from dataclasses import replace
 
     from specmoeoff.estimate.accuracy import report
     from specmoeoff.estimate.calibrate import refit
+    from specmoeoff.estimate.gpu_refit import recorded_scales
     from specmoeoff.specs.record import RunRecord
+    from specmoeoff.tuner.tune import plans_for_gpu
 
     record = RunRecord.load(path)
-    fitted, factors = refit(request.profile, record, request.model, request.draft)
+    if plans_for_gpu(request):
+        scales = recorded_scales(request.profile, record)
+        fitted = replace(request, scales=scales)
+        factors = {f"{kind}, {n - 1:g} drafted": f for kind, s in scales.items() for n, f in zip(*s, strict=True)}
+    else:
+        profile, factors = refit(request.profile, record, request.model, request.draft)
+        fitted = replace(request, profile=profile)
     found = report(record)
     accuracy = [{**row._asdict(), "verdict": row.verdict} for row in found.rows]
     told = {"record": str(path), "factors": factors, "accuracy": accuracy, "limitations": found.limitations}
-    return replace(request, profile=fitted), told
+    return fitted, told
 
 
 def _print_calibration(told: dict[str, Any]) -> None:
@@ -837,7 +845,7 @@ def validate(
     """Is the output unchanged, the prediction right, the memory within plan? Exit 1 with the cause if not."""
     from specmoeoff.runtime.batch_files import read_batch, to_request
     from specmoeoff.runtime.loading import load_runnable, open_plan
-    from specmoeoff.runtime.validate import Options, Validator
+    from specmoeoff.runtime.validate import Options, validate_plan
 
     inputs = {"PLAN": plan_file, "--prompts": prompts, "--profile": profile, "--workload": workload}
     _check_files({"--output": output}, inputs)
@@ -854,7 +862,7 @@ def validate(
         options = Options(
             n_pairs=pairs, block_windows=windows, uncapped_block_windows=max(2, windows // 2), progress=bar
         )
-        result = Validator(plan, opened, machine_profile, behaviour, todo, options).run()
+        result = validate_plan(plan, opened, machine_profile, behaviour, todo, options)
     if output:
         result.save(output)
     if as_json:

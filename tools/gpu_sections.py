@@ -290,7 +290,15 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
         note="" if setting.profile.exists() else "by datasheet: this machine's was not measured",
     )
     tuned = Tuned(name, n_layers, context, machine, limits, batch)
-    found = rows_of(setting.device, tuned, n_windows, lengths, lambda: peak_gib(setting), begin, 0.85 * setting.seconds)
+    found = rows_of(
+        setting.device,
+        tuned,
+        n_windows,
+        lengths,
+        lambda: setting.device.memory_bytes / GIB,
+        begin,
+        0.85 * setting.seconds,
+    )
     yield from (Row(*row) for row in found)
 
 
@@ -300,15 +308,6 @@ def limit_memory(setting: Setting) -> None:
         import cupy
 
         cupy.get_default_memory_pool().set_limit(size=GPU_MEMORY_BYTES)
-
-
-def peak_gib(setting: Setting) -> float:
-    """Of GPU memory taken so far."""
-    if setting.rehearsed:
-        return getattr(setting.device, "memory_bytes", 0) / GIB
-    import cupy
-
-    return cupy.get_default_memory_pool().total_bytes() / GIB
 
 
 def accelerate(setting: Setting) -> Rows:

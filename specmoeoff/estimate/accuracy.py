@@ -82,7 +82,7 @@ def report(record: RunRecord, plan: Plan | None = None) -> Report:
         known = [c for c in record.comparisons if c.provenance == provenance]
         rows.append(accuracy(f"window, {provenance}", [c.predicted for c in known], [c.measured for c in known]))
     rows += [accuracy(kind, *map(list, zip(*pairs, strict=True))) for kind, pairs in node_pairs(record).items()]
-    if not record.timeline_predicted:
+    if not (record.timeline_predicted or record.nodes):
         limitations.append("The record holds no timeline: kinds of nodes cannot be told apart.")
     curve = {c.draft_length: c.prediction.tokens_per_s for c in plan.curve} if plan else {}
     swept = [s for s in record.sweep if s.draft_length in curve]
@@ -105,6 +105,11 @@ def node_pairs(record: RunRecord) -> dict[str, list[tuple[float, float]]]:
 
     Which experts a window uses is chance, so a layer's are summed.
     """
+    if record.nodes:  # of a machine with a GPU: means over windows
+        return {
+            kind: [(n.predicted_s, n.measured_s) for n in record.nodes if n.kind == kind]
+            for kind in dict.fromkeys(n.kind for n in record.nodes)
+        }
     sides = []
     for events in (record.timeline_predicted, record.timeline_measured):
         spent: dict[tuple[str, str], float] = {}

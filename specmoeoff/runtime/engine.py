@@ -88,10 +88,10 @@ class Engine:
             self._choose = self.model.choose
         else:
             self.store = NoStore()  # type: ignore[assignment]
-            self._executor = GpuTarget(
-                target, device or CupyDevice(), decode, experts, self._pages, max_rows, threads.compute
-            )
+            device = device or CupyDevice()
+            self._executor = GpuTarget(target, device, decode, experts, self._pages, max_rows, threads.compute)
             self._choose = self._executor.choose
+        self._device = device
         self._free_places = list(range(decode.batch))[::-1]
         self._waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
@@ -128,6 +128,11 @@ class Engine:
     def drafters(self) -> dict[str, Drafter]:
         """By name; one's own can be put in."""
         return self._drafters
+
+    @property
+    def device_bytes(self) -> int:
+        """GPU memory taken."""
+        return self._device.memory_bytes if self._device else 0
 
     @property
     def uses(self) -> list[dict[int, int]]:
@@ -251,8 +256,7 @@ class Engine:
         prefill_rows = sum(len(c) for c in chunks.values())
         self.last_trace = trace
         self._window += 1
-        phases = dict(trace.phases_s)
-        cpu_busy_s = sum(phases.values())
+        busy_s, phases_s = self._executor.busy_s(trace)
         return Window(
             label=label,
             start_s=trace.start_s,
@@ -264,8 +268,8 @@ class Engine:
             tokens=n_emitted,
             mean_context=float(np.mean(contexts)),
             disk_bytes=self.store.bytes_planned - bytes_before,
-            busy_s={"cpu": cpu_busy_s, "disk": self.store.busy_s - busy_before},
-            phases_s={**phases, "wait": end_s - trace.start_s - cpu_busy_s},
+            busy_s={**busy_s, "disk": self.store.busy_s - busy_before},
+            phases_s={**phases_s, "wait": end_s - trace.start_s - max(busy_s.values())},
             experts_used=self._executor.experts_used,
         )
 

@@ -42,6 +42,11 @@ class Executor:
         self._store.quiesce()
         self._ahead.clear()
 
+    def busy_s(self, trace: Trace) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of the window by lane, but for the disk's, and by kind of node."""
+        phases = dict(trace.phases_s)
+        return {"cpu": sum(phases.values())}, phases
+
     def read_ahead(self, window: int) -> None:
         """Queue the prefetches of this window and the next."""
         for ahead in (window, window + 1):

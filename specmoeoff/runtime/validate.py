@@ -9,7 +9,6 @@ from statistics import fmean, median
 import numpy as np
 
 from specmoeoff import __version__
-from specmoeoff.errors import MissingCapability
 from specmoeoff.estimate.costs import Calibration, Prices
 from specmoeoff.estimate.memory import expert_stride
 from specmoeoff.estimate.predict import Forecast, forecast
@@ -19,6 +18,7 @@ from specmoeoff.roofline.profile import machine
 from specmoeoff.roofline.recalibrate import Recalibrator, typical
 from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.gpu.validate import GpuValidator
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes, disk_bytes_read, peak_rss_bytes
@@ -74,6 +74,20 @@ class Block:
 Blocks = dict[str, list[Block]]
 
 
+def validate_plan(
+    plan: Plan,
+    opened: Opened,
+    profile: HardwareProfile,
+    workload: Workload,
+    requests: Sequence[Request],
+    options: Options,
+) -> RunRecord:
+    """What there is to find, on the kind of machine that the plan is for."""
+    if plan.gpu:
+        return GpuValidator(plan, opened, profile, workload, requests, options.progress).run()
+    return Validator(plan, opened, profile, workload, requests, options).run()
+
+
 def tuned_part(plan: Plan) -> PlainPlan:
     """The tuned settings in the shape of the plain ones."""
     return PlainPlan(
@@ -93,10 +107,8 @@ class Validator:
         requests: Sequence[Request],
         options: Options,
     ) -> None:
-        if plan.gpu or not isinstance(opened.target, PackedModel):
-            raise MissingCapability(
-                "plans for a machine with a GPU cannot be validated yet; `run` them, and see `make gpu-check`."
-            )
+        if not isinstance(opened.target, PackedModel):
+            raise TypeError("the model is not packed for the CPU")
         self.plan, self.target, self.draft = plan, opened.target, opened.draft
         self.profile, self.workload = profile, workload
         self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options

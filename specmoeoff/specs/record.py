@@ -6,7 +6,8 @@ from specmoeoff.specs.base import FileSpec, Spec
 
 
 class Window(Spec):
-    """One window of decoding as it ran. `rows`: tokens through the target. phases_s by node kind on the compute lane."""
+    """One window of decoding as it ran. `rows`: tokens through the target. phases_s by node kind: on the compute lane, or
+    of all lanes of a machine with a GPU; `wait` is the rest of the busiest lane's window."""
 
     label: str
     start_s: float
@@ -101,6 +102,15 @@ class TimelineEvent(Spec):
     end_s: float
 
 
+class NodeTime(Spec):
+    """Mean seconds of a kind of node on a machine with a GPU, as the stored profile prices it and as measured."""
+
+    kind: str
+    draft_length: int
+    predicted_s: float
+    measured_s: float
+
+
 class RunRecord(FileSpec):
     """As `run --record` and `validate -o` write it."""
 
@@ -125,5 +135,6 @@ class RunRecord(FileSpec):
     speed_ups: tuple[SpeedUp, ...] = ()
     recalibration: tuple[Slice, ...] = ()
     sweep: tuple[SweepPoint, ...] = ()
+    nodes: tuple[NodeTime, ...] = ()
     timeline_measured: tuple[TimelineEvent, ...] = ()
     timeline_predicted: tuple[TimelineEvent, ...] = ()

@@ -86,7 +86,7 @@ class GpuTuner:
         self.limits = {"fast": r.fast_memory_bytes, "host": r.host_memory_bytes}
         self.problem = make_problem(r.model, r.workload, r.context_tokens, LONGEST_DRAFT)
         self.space = GpuSpace(self.problem, self.limits, r.batch)
-        self.estimator = GpuEstimator(self.problem, rates_of(r.profile))
+        self.estimator = GpuEstimator(self.problem, replace(rates_of(r.profile), scales=r.scales))
 
     @cached_property
     def everything(self) -> Priced:

@@ -1,6 +1,6 @@
 """From profile, model and workload to a plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
@@ -13,6 +13,7 @@ from specmoeoff.estimate.costs import Prices
 from specmoeoff.estimate.experts import probability_used
 from specmoeoff.estimate.memory import expert_stride, in_mib, plan_memory
 from specmoeoff.estimate.predict import forecast, tokens_per_round, window_shape
+from specmoeoff.estimate.rates import Scale
 from specmoeoff.estimate.tables import OutOfRange
 from specmoeoff.files import sha256_text
 from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS, window_graph
@@ -67,6 +68,7 @@ class TuneRequest:
     seed: int = 0
     storage: str | None = None
     command: str = ""
+    scales: Mapping[str, Scale] = field(default_factory=dict)  # of a GPU's nodes, from a validation
     measure_top: int = 0
     measure: Measure | None = field(default=None, compare=False)
     progress: Callable[[float], None] = field(default=lambda share: None, compare=False)

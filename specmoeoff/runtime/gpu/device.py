@@ -18,6 +18,10 @@ WHICHEVER_WAY = 4  # cudaMemcpyDefault
 class Device(Protocol):
     """Everything on a stream happens in its order, and later than the call returns. Arrays are C-contiguous."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of GPU memory taken so far."""
+
     def stream(self) -> Stream:
         """A new one."""
 
@@ -78,10 +82,17 @@ class CupyDevice:
         self._cupy = find_gpu()
         self._runtime = self._cupy.cuda.runtime
         self._failure: BaseException | None = None
+        self._pool = self._cupy.get_default_memory_pool()
+        self._pool.free_all_blocks()  # what an engine before this one had
         # Now: a kernel that is loaded later waits for all streams, and so for host functions, which wait for this thread.
         for kernels in KERNELS.values():
             for kernel in kernels:
                 _ = function(kernel).num_regs
+
+    @property
+    def memory_bytes(self) -> int:
+        """See Device."""
+        return int(self._pool.total_bytes())
 
     def stream(self) -> Stream:
         """See Device; apart from the default stream, which would order all."""

@@ -12,7 +12,7 @@ from specmoeoff.pipeline import GpuBuilder, GpuWindow, Node
 from specmoeoff.runtime.gpu.device import Device
 from specmoeoff.runtime.gpu.head import HEAD_ROWS
 from specmoeoff.runtime.gpu.inputs import Inputs, Part
-from specmoeoff.runtime.gpu.lanes import Lanes
+from specmoeoff.runtime.gpu.lanes import LANES, Lanes
 from specmoeoff.runtime.gpu.model import GpuModel, Sizes
 from specmoeoff.runtime.gpu.weights import GpuWeights
 from specmoeoff.runtime.rows import Rows
@@ -65,6 +65,7 @@ class GpuExecutor:
         self.shape = GpuWindow(micro_batches, 0, False, on_host, placement.on_demand)
         self._builder = GpuBuilder(self.shape, spec.n_layers)
         self.nodes: list[Node] = []
+        self._loads_begun: list[Node] = []  # of the window at hand, by the one before
 
     def forward(self, tokens: np.ndarray, micro_batches: Sequence[Rows]) -> None:
         """All layers over tokens (M,); enqueued, not waited for. Raises ValueError for more than there is room for.
@@ -74,6 +75,7 @@ class GpuExecutor:
             raise ValueError(f"a micro-batch has more than the {self._part_rows} rows that memory was made for")
         if self.nodes:  # inputs are where the last window's were, which its first node came after
             self.lanes.synchronize(next(node.index for node in self.nodes if node.kind == "pre_attention"))
+        self._loads_begun = [node for node in self.nodes if node.kind == "load" and node.window > self.nodes[-1].window]
         nodes = self.nodes = self._builder.window()
         parts: list[Part | None] = [None] * self._n_parts
         stream = self.lanes.streams["gpu"]
@@ -122,6 +124,18 @@ class GpuExecutor:
     def far_pages(self) -> list[np.ndarray]:
         """Keys and values beside the CPU, of each layer."""
         return self._model.far_kv
+
+    def busy_s(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by lane and by kind of node of the last window, which is waited for; only where it was `timed`."""
+        window = self.nodes[-1].window
+        self.lanes.synchronize(self.nodes[-1].index)
+        lanes, kinds = defaultdict[str, float](float), defaultdict[str, float](float)
+        for node in (*self._loads_begun, *self.nodes):
+            if node.window == window:
+                seconds = self.lanes.seconds(node)
+                lanes[node.lane] += seconds
+                kinds[node.kind] += seconds
+        return {lane: lanes[lane] for lane in LANES}, dict(kinds)
 
     def seconds_by_kind(self, nodes: Sequence[Node] | None = None) -> dict[str, float]:
         """Mean over the nodes of each kind of a window, by default the last, once everything is over; only where it was `timed`."""

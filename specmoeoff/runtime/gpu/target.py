@@ -61,7 +61,7 @@ class GpuTarget:
             pages.n_pages - 1 - pages.n_near_pages,
             min(spec.max_positions, decode.context_tokens),
         )
-        self._runs = GpuExecutor(weights, device, placement, room, decode.micro_batches, n_threads)
+        self._runs = GpuExecutor(weights, device, placement, room, decode.micro_batches, n_threads, timed=True)
         self.experts_used = float(np.mean([spec.n_experts - len(layer) for layer in on_host]))
         self.uses: list[dict[int, int]] = []  # routing stays on the GPU
         self.routing_log: list[np.ndarray] | None = None
@@ -82,6 +82,10 @@ class GpuTarget:
     def forward(self, window: int, tokens: np.ndarray, micro_batches: Sequence[Rows], trace: Trace) -> None:
         """See Executor; enqueued, not waited for."""
         self._runs.forward(tokens, micro_batches)
+
+    def busy_s(self, trace: Trace) -> tuple[dict[str, float], dict[str, float]]:
+        """See Executor."""
+        return self._runs.busy_s()
 
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """See Model."""

@@ -142,6 +142,9 @@ def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
     made = types.ModuleType("cupy")
     made.empty = lambda shape, dtype: Array(np.full(shape, 7, dtype))  # type: ignore[attr-defined]
+    made.get_default_memory_pool = lambda: types.SimpleNamespace(  # type: ignore[attr-defined]
+        total_bytes=lambda: 3 << 30, free_all_blocks=lambda: None
+    )
     made.RawModule = RawModule  # type: ignore[attr-defined]
     made.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Stream=Stream,

@@ -1,0 +1,235 @@
+"""Checks a plan on the machine with a GPU it was made for: is the output unchanged, is it as fast and as large as predicted?"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from specmoeoff import __version__
+from specmoeoff.errors import AnswerIsNo, BadInput
+from specmoeoff.estimate.gpu_choices import Choices, make_problem
+from specmoeoff.estimate.gpu_window import GpuEstimator
+from specmoeoff.estimate.rates import rates_of
+from specmoeoff.files import sha256_text
+from specmoeoff.pipeline import GpuWindow, gpu_window_graph
+from specmoeoff.roofline.profile import machine
+from specmoeoff.runtime.engine import Engine
+from specmoeoff.runtime.gpu.device import Device
+from specmoeoff.runtime.loading import Opened
+from specmoeoff.runtime.process import peak_rss_bytes
+from specmoeoff.runtime.sampling import GREEDY
+from specmoeoff.runtime.sequence import Request
+from specmoeoff.specs.plan import PlainPlan, Plan
+from specmoeoff.specs.profile import HardwareProfile
+from specmoeoff.specs.record import Check, Comparison, NodeTime, Pair, RunRecord, SpeedUp, Window
+from specmoeoff.specs.workload import Workload
+
+WINDOW_ERROR = 0.15
+ANSWER_TOKENS = 64
+Progress = Any  # (what, share of it that is done) -> None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A part of the plan that was run over all requests."""
+
+    part: PlainPlan
+    outputs: dict[str, list[int]]
+    windows: list[Window]
+    memory_bytes: int
+
+    @property
+    def steady(self) -> list[Window]:
+        """Windows of as many requests as ever decoded at once, but for the first of them."""
+        decoding = [w for w in self.windows if not w.prefill_rows]
+        most = max((w.live for w in decoding), default=0)
+        return [w for w in decoding if w.live == most][1:]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the steady windows."""
+        return sum(w.tokens for w in self.steady) / sum(w.duration_s for w in self.steady)
+
+
+class GpuValidator:
+    """One validation; `run` tells all. Tuned and plain run one after the other, since GPU memory holds one of them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        opened: Opened,
+        profile: HardwareProfile,
+        workload: Workload,
+        requests: Sequence[Request],
+        progress: Progress = lambda what, share: None,
+        device: Device | None = None,
+    ) -> None:
+        self.plan, self.opened, self.profile, self.workload = plan, opened, profile, workload
+        self.requests = [replace(r, sampling=GREEDY, max_tokens=min(r.max_tokens, ANSWER_TOKENS)) for r in requests]
+        self.progress, self.device = progress, device
+        self.checks: list[Check] = []
+
+    def run(self) -> RunRecord:
+        """All questions. Raises BadInput where no window was steady."""
+        begun, plan = datetime.now(UTC), self.plan
+        tuned_part = PlainPlan(
+            **{name: getattr(plan, name) for name in PlainPlan.model_fields if name != "schema_version"}
+        )
+        tuned, plain = (self._ran(name, part) for name, part in (("tuned", tuned_part), ("plain", plan.plain)))
+        self._lossless(plain.outputs, tuned.outputs)
+        self._memory(tuned)
+        comparisons, nodes = [], []
+        for name, ran in (("tuned", tuned), ("plain", plain)):
+            comparison, of_kinds = self._against_prediction(name, ran)
+            comparisons.append(comparison)
+            nodes += of_kinds
+        now, windows = datetime.now(UTC), [*tuned.windows, *plain.windows]
+        return RunRecord(
+            kind="validate",
+            created=now.isoformat(timespec="seconds"),
+            tool_version=__version__,
+            plan_sha256=sha256_text(plan.text()),
+            model_name=plan.model.name,
+            machine_fingerprint=machine().fingerprint,
+            n_requests=len(self.requests),
+            n_tokens=sum(map(len, tuned.outputs.values())),
+            duration_s=(now - begun).total_seconds(),
+            disk_bytes_planned=0,
+            disk_bytes_read=0,
+            rss_planned_bytes=sum(plan.memory.host.values()),
+            rss_peak_bytes=peak_rss_bytes(),
+            lossless=tuned.outputs == plain.outputs,
+            windows=tuple(windows),
+            checks=tuple(self.checks),
+            comparisons=tuple(comparisons),
+            speed_ups=(self._speed_up(plain, tuned),),
+            nodes=tuple(nodes),
+        )
+
+    def _ran(self, name: str, part: PlainPlan) -> Ran:
+        opened, windows, done = self.opened, [], 0
+        total = sum(r.max_tokens for r in self.requests)
+        with Engine(
+            opened.target, opened.draft, part.decode, part.experts, part.threads, gpu=part.gpu, device=self.device
+        ) as engine:
+            engine.submit(self.requests)
+            for window in engine.run(name):
+                windows.append(window)
+                done += window.tokens
+                self.progress(f"running the {name} plan", done / total)
+            ran = Ran(part, {s.request.request_id: s.output for s in engine.finished}, windows, engine.device_bytes)
+        if not ran.steady:
+            raise BadInput(
+                f"no two windows of the {name} plan had as many requests decoding; give more or longer prompts."
+            )
+        return ran
+
+    def _check(self, name: str, passed: bool, detail: str, cause: str) -> None:
+        self.checks.append(Check(name=name, passed=passed, detail=detail, cause="" if passed else cause))
+
+    def _lossless(self, plain: dict[str, list[int]], tuned: dict[str, list[int]]) -> None:
+        different = [i for i in plain if plain[i] != tuned.get(i)]
+        n_tokens = sum(map(len, plain.values()))
+        self._check(
+            "lossless",
+            not different,
+            f"{len(plain) - len(different)} of {len(plain)} requests, {n_tokens} tokens equal to plain decoding",
+            f"{len(different)} requests differ from plain decoding, {different[:1]} first: verification accepts tokens the "
+            "target did not choose",
+        )
+
+    def _memory(self, tuned: Ran) -> None:
+        purposes, taken = tuned.part.memory.fast, tuned.memory_bytes
+        planned, margin = sum(purposes.values()), purposes.get("margin", 0)
+        self._check(
+            "GPU memory",
+            taken <= planned,
+            f"{taken:,} bytes of GPU memory taken, planned {planned - margin:,} ({taken / (planned - margin) - 1:+.1%}) and "
+            f"a margin of {margin:,}",
+            f"the plan understates GPU memory by {taken - planned:,} bytes: make it anew with `tune`",
+        )
+
+    def _against_prediction(self, name: str, ran: Ran) -> tuple[Comparison, list[NodeTime]]:
+        windows, k = ran.steady, ran.part.decode.draft_length
+        context = np.array([fmean(w.mean_context for w in windows)])
+        estimator, choice = self._estimator(ran)
+        predicted, measured = float(estimator.window_s(choice, context)[0]), median(w.duration_s for w in windows)
+        comparison = Comparison(
+            name=f"{name} window",
+            predicted=predicted,
+            measured=measured,
+            unit="s",
+            provenance="predicted, stored profile",
+            limit=WINDOW_ERROR,
+        )
+        self._check(
+            f"prediction: {name} window",
+            abs(comparison.error) <= WINDOW_ERROR,
+            f"predicted {predicted * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({comparison.error:+.1%})",
+            f"{name}: the prediction is {comparison.error:+.0%} off: tune again with --calibrate and this record",
+        )
+        prices, counts = estimator.prices(choice, context), self._counts(ran.part, choice)
+        kinds = {kind: fmean(w.phases_s.get(kind, 0.0) for w in windows) / n for kind, n in counts.items()}
+        return comparison, [
+            NodeTime(kind=kind, draft_length=k, predicted_s=float(prices[kind][0]), measured_s=seconds)
+            for kind, seconds in kinds.items()
+            if seconds > 0 and prices[kind][0] > 0
+        ]
+
+    def _estimator(self, ran: Ran) -> tuple[GpuEstimator, Choices]:
+        """Prices of the part as it ran: with the requests that decoded, and the tokens that they kept."""
+        decode, experts, gpu, windows = ran.part.decode, ran.part.experts, ran.part.gpu, ran.steady
+        problem = make_problem(
+            self.opened.target.spec, self.workload, decode.context_tokens, max(1, decode.draft_length)
+        )
+        drafts = [d for d in problem.drafts if (d.drafter, d.length) == (decode.drafter, decode.draft_length)]
+        if not drafts:
+            raise AnswerIsNo(
+                f"the workload has no acceptance of {decode.drafter}; measure one with `specmoeoff workload`."
+            )
+        kept = fmean(w.tokens / w.live for w in windows)
+        problem = replace(problem, drafts=(drafts[0]._replace(tokens_per_round=kept),))
+        values = {
+            "draft": 0,
+            "micro_batches": decode.micro_batches,
+            "on_demand": not any(experts.prefetch),
+            "resident": round(fmean(map(len, experts.resident))),
+            "on_host": round(fmean(map(len, experts.on_host or [()]))),
+            "kv_share": gpu.kv_share if gpu else 0.0,
+            "draft_kv_share": gpu.draft_kv_share if gpu else 0.0,
+            "batch": float(windows[0].live),
+        }
+        estimator = GpuEstimator(problem, rates_of(self.profile))
+        return estimator, Choices(**{name: np.array([value]) for name, value in values.items()})
+
+    def _counts(self, part: PlainPlan, choice: Choices) -> Counter[str]:
+        """Nodes of each kind in a window."""
+        on_host = bool(choice.on_host[0])
+        shape = GpuWindow(part.decode.micro_batches, 0, False, on_host, bool(choice.on_demand[0]))
+        graph = gpu_window_graph(shape, self.opened.target.spec.n_layers, 2)
+        return Counter(node.kind for node in graph.nodes if node.window == 1)
+
+    def _speed_up(self, plain: Ran, tuned: Ran) -> SpeedUp:
+        ratio = tuned.tokens_per_s / plain.tokens_per_s
+        return SpeedUp(
+            label="one after the other",
+            disk_limit_gb_per_s=None,
+            pairs=(
+                Pair(
+                    plain_tokens_per_s=plain.tokens_per_s,
+                    tuned_tokens_per_s=tuned.tokens_per_s,
+                    plain_disk_gb_per_s=0.0,
+                    tuned_disk_gb_per_s=0.0,
+                ),
+            ),
+            median=ratio,
+            low=ratio,
+            high=ratio,
+            confidence=0.0,
+            limit=tuned.part.predicted.tokens_per_s / plain.part.predicted.tokens_per_s,
+            limit_reason="the plan's prediction",
+        )

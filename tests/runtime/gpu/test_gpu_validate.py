@@ -46,7 +46,7 @@ def request_of(mixtral_for_gpu: Path) -> TuneRequest:
 
 def validated(plan: Plan, request: TuneRequest, device: Device) -> RunRecord:
     prompts = [[3, 9, 27, 81, 3, 9], [5, 6, 7, 5, 6, 7, 5], [11, 12, 11, 12], [40, 41, 42, 40]]
-    requests = [Request(str(i), tuple(p), 9) for i, p in enumerate(prompts)]
+    requests = [Request(str(i), tuple(p), 14) for i, p in enumerate(prompts)]
     with CheckpointWeights(plan.model.source) as weights:
         opened = Opened(weights, None, None)  # type: ignore[arg-type]
         return GpuValidator(plan, opened, request.profile, request.workload, requests, device=device).run()

@@ -14,12 +14,13 @@ from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.runtime.drafters import Drafter, Proposal
 from specmoeoff.runtime.drafters.eagle import EagleDrafter, EagleHead
-from specmoeoff.runtime.drafters.model import ModelDrafter
+from specmoeoff.runtime.drafters.model import HostPasses, ModelDrafter
 from specmoeoff.runtime.drafters.ngram import NgramDrafter
 from specmoeoff.runtime.drafters.none import NoDrafter
 from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
 from specmoeoff.runtime.gpu.device import CupyDevice, Device
+from specmoeoff.runtime.gpu.draft import GpuPasses
 from specmoeoff.runtime.gpu.target import GpuTarget, NoStore, near_slots
 from specmoeoff.runtime.gpu.weights import CheckpointWeights
 from specmoeoff.runtime.kv_cache import PageTable
@@ -50,7 +51,7 @@ class Engine:
     def __init__(
         self,
         target: PackedModel | CheckpointWeights,
-        draft: PackedModel | EagleHead | None,
+        draft: PackedModel | EagleHead | CheckpointWeights | None,
         decode: PlanDecode,
         experts: PlanExperts,
         threads: PlanThreads,
@@ -82,13 +83,17 @@ class Engine:
             )
             if isinstance(draft, EagleHead):
                 self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
-            elif draft is not None:
-                self._drafters["model"] = ModelDrafter(draft, kernels, self._pages, max_rows)
+            elif isinstance(draft, PackedModel):
+                self._drafters["model"] = ModelDrafter(HostPasses(draft, kernels, self._pages, max_rows), decode.batch)
             self._executor: Executor | GpuTarget = Executor(self.model, self.store)
             self._choose = self.model.choose
         else:
             self.store = NoStore()  # type: ignore[assignment]
             device = device or CupyDevice()
+            if isinstance(draft, CheckpointWeights):
+                n_near = round(gpu.draft_kv_share * decode.batch) if gpu else 0
+                passes = GpuPasses(draft, device, decode, n_near, max_rows, threads.compute)
+                self._drafters["model"] = ModelDrafter(passes, decode.batch)
             self._executor = GpuTarget(target, device, decode, experts, self._pages, max_rows, threads.compute)
             self._choose = self._executor.choose
         self._device = device

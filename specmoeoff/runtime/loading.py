@@ -17,7 +17,7 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import DrafterName, PlainPlan, Plan, PlanModel
 
 DEMO_DRAFT = "demo-draft"
-GPU_DRAFTERS = ("none", "ngram")
+GPU_DRAFTERS = ("none", "ngram", "model")
 Progress = Callable[[str, int, int], None]
 
 
@@ -26,7 +26,7 @@ class Opened:
     """Models, the target as the plan's lanes take it, and the tokenizer of a plan's checkpoint."""
 
     target: PackedModel | CheckpointWeights
-    draft: PackedModel | EagleHead | None
+    draft: PackedModel | EagleHead | CheckpointWeights | None
     tokenizer: Tokenizer
 
 
@@ -99,7 +99,7 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     _check_same(plan.model, folder, spec)
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
-    draft: PackedModel | EagleHead | None = None
+    draft: PackedModel | EagleHead | CheckpointWeights | None = None
     if plan.gpu and plan.decode.drafter not in GPU_DRAFTERS:
         raise MissingCapability(
             f"the plan drafts with {plan.decode.drafter}, which the GPU lanes cannot run yet (only "
@@ -110,7 +110,7 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
         found = find_draft(plan.model.source, kind + plan.draft.source, spec)
         assert found is not None
         _check_same(plan.draft, found.source, found.spec)
-        draft = found.open(spec, progress)
+        draft = CheckpointWeights(model_folder(found.source)) if plan.gpu else found.open(spec, progress)
     elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(

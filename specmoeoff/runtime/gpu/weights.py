@@ -10,7 +10,7 @@ from specmoeoff.errors import MissingCapability
 from specmoeoff.kernels.cuda.launches import DEPTH, HEAD_DIMS, pack_expert, pack_linear
 
 Spec = Any  # a ModelSpec, or whatever has its fields: a GPU machine's check runs without pydantic
-ARCHITECTURES = ("mixtral", "qwen3_moe")
+ARCHITECTURES = ("mixtral", "qwen3_moe", "llama", "qwen3")
 
 
 class GpuWeights(Protocol):
@@ -78,6 +78,10 @@ class CheckpointWeights:
         if name == "norm":
             return read.tensor_f32("model.norm.weight")
         _, layer, part = name.split(".")
+        if (
+            part == "router" and self.spec.n_experts == 1
+        ):  # a dense model: its one expert has all the weight whatever is said
+            return pack_linear(np.zeros((1, self.spec.hidden), np.uint16))
         tensors = layer_tensors(self.spec, int(layer))
         if part.endswith("norm"):
             return read.tensor_f32(tensors[part][0])

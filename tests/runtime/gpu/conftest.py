@@ -36,6 +36,11 @@ def qwen3_for_gpu(save_model: Callable[..., Path]) -> Path:
     return save_model("qwen3_moe", head_dim=64, moe_intermediate_size=64)
 
 
+@pytest.fixture
+def llama_for_gpu(save_model: Callable[..., Path]) -> Path:
+    return save_model("llama", head_dim=64)
+
+
 @pytest.fixture(params=["mixtral_for_gpu", "qwen3_for_gpu"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)

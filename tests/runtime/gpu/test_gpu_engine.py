@@ -69,6 +69,29 @@ def test_a_gpus_engine_emits_what_the_cpus_does(
             engine.configure(plan.decode, plan.experts)
 
 
+def test_a_draft_model_drafts_the_same_with_its_kv_on_both_sides(
+    mixtral_for_gpu: Path,
+    llama_for_gpu: Path,
+    plan_for: Callable[..., Plan],
+    make_device: Callable[[int], Device],
+) -> None:
+    """Output is the CPU engine's with the same draft, greedy and sampled, with more requests than places: one or two of them with
+    their draft KV in GPU memory, the other beside the CPU."""
+    changes = {"drafter": "model", "draft_length": 3, "micro_batches": 2, "batch": 3, "prefill_chunk_tokens": 5}
+    plan = plan_for(mixtral_for_gpu, **changes)
+    with Engine(
+        pack_model(mixtral_for_gpu), pack_model(llama_for_gpu), plan.decode, plan.experts, plan.threads
+    ) as engine:
+        expected = outputs(engine)
+    gpu = PlanGpu(kv_share=0.4, draft_kv_share=0.6)
+    with (
+        CheckpointWeights(mixtral_for_gpu) as weights,
+        CheckpointWeights(llama_for_gpu) as draft,
+        Engine(weights, draft, plan.decode, AHEAD, plan.threads, gpu=gpu, device=make_device(2)) as engine,
+    ):
+        assert outputs(engine) == expected
+
+
 def test_a_plan_for_a_gpu_says_what_this_machine_lacks(
     mixtral_for_gpu: Path, plan_for: Callable[..., Plan], tmp_path: Path
 ) -> None:

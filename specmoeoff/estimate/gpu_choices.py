@@ -97,17 +97,24 @@ def eagle_head(spec: ModelSpec) -> ModelSpec:
     )
 
 
-def make_problem(spec: ModelSpec, workload: Workload, request_tokens: int | None, longest_draft: int) -> Problem:
-    """The problem of a model under a workload. Raises BadInput where the workload is another model's."""
+def make_problem(
+    spec: ModelSpec,
+    workload: Workload,
+    request_tokens: int | None,
+    longest_draft: int,
+    draft: ModelSpec | None = None,
+) -> Problem:
+    """The problem of a model under a workload; `draft`: a dense model, which drafts instead of a published EAGLE head. Raises
+    BadInput where the workload is another model's."""
     if workload.model_fingerprint not in (None, spec.fingerprint):
         raise BadInput(
             f"workload {workload.name} was measured on model {workload.model_name}, not on {spec.name}; take a published one."
         )
     drafts = [Draft("none", 0, 0, 1.0)]
-    for name in ("eagle", "ngram"):
+    for name in ("model" if draft else "eagle", "ngram"):
         rates = workload.acceptance[name].conditional if name in workload.acceptance else ()
         for k in range(1, min(len(rates), longest_draft) + 1):
-            drafts.append(Draft(name, k, k if name == "eagle" else 0, expected_tokens(rates, k)))  # type: ignore[arg-type]
+            drafts.append(Draft(name, k, k if name != "ngram" else 0, expected_tokens(rates, k)))  # type: ignore[arg-type]
     if workload.popularity is None:
         popularity = zipf_popularity(spec.n_experts, spec.n_active, workload.popularity_zipf)
     else:
@@ -116,7 +123,7 @@ def make_problem(spec: ModelSpec, workload: Workload, request_tokens: int | None
     context = workload.middle_context_tokens
     return Problem(
         spec=spec,
-        head=eagle_head(spec) if any(d.steps for d in drafts) else None,
+        head=(draft or eagle_head(spec)) if any(d.steps for d in drafts) else None,
         drafts=tuple(drafts),
         popularity=popularity,
         union_exponent=workload.union_exponent,

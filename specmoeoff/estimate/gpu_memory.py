@@ -32,6 +32,11 @@ def split_kv(kv_bytes: int, target: ModelSpec, draft: ModelSpec) -> tuple[float,
     return kv_bytes / (1 + share), kv_bytes * share / (1 + share)
 
 
+def gpu_dense_params(spec: ModelSpec) -> int:
+    """All but the routed experts; the output matrix is packed, so that a tied embedding is there twice."""
+    return spec.dense_params + spec.tie_embeddings * spec.vocab * spec.hidden
+
+
 def draft_params(head: ModelSpec) -> int:
     """Of the draft model's layers; embedding and output head are the target's."""
     return head.n_layers * (head.qkv_params + head.output_params + head.expert_params + head.other_layer_params)
@@ -66,7 +71,7 @@ def tiers(problem: Problem, choices: Choices) -> Tiers:
     experts = spec.n_expert_layers * spec.expert_bytes
     buffered = np.where(choices.on_demand, 1, BUFFERED_LAYERS)
     fast = {
-        "dense_weights": np.full(n, float(spec.dense_params * BF16_BYTES)),
+        "dense_weights": np.full(n, float(gpu_dense_params(spec) * BF16_BYTES)),
         "resident_experts": 1.0 * choices.resident * experts,
         "stream_buffers": 1.0 * problem.streamed(choices) * buffered * spec.expert_bytes,
         "kv": choices.kv_share * kv,
@@ -82,7 +87,14 @@ def tiers(problem: Problem, choices: Choices) -> Tiers:
     }
     if head is not None:
         draft_kv = (steps > 0) * batch * problem.request_tokens * head.kv_bytes_per_token
-        fast["draft_weights"] = (steps > 0) * float(draft_params(head) * BF16_BYTES)
+        whole = any(d.drafter == "model" for d in problem.drafts)
+        params = gpu_dense_params(head) + head.n_layers * head.expert_params if whole else draft_params(head)
+        fast["draft_weights"] = (steps > 0) * float(params * BF16_BYTES)
+        if whole:  # a model of its own has activations and logits of its own (runtime/gpu/draft.py)
+            near, far = choices.draft_kv_share > 0, choices.draft_kv_share < 1
+            on_gpu, staging = activation_bytes(head, rows, rows, near, far, np.zeros(n), problem.request_tokens)
+            fast["draft_activations"] = (steps > 0) * (on_gpu + HEAD_ROWS * head.vocab * FP32_BYTES)
+            host["draft_staging"] = (steps > 0) * staging
         fast["draft_kv"] = choices.draft_kv_share * draft_kv
         host["draft_kv"] = (1 - choices.draft_kv_share) * draft_kv
     return {"fast": fast, "host": host}

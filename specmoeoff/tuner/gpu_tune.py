@@ -84,7 +84,8 @@ class GpuTuner:
         if r.context_tokens and r.context_tokens > r.model.max_positions:
             raise BadInput(f"--context {r.context_tokens}: this model has 1 to {r.model.max_positions} positions.")
         self.limits = {"fast": r.fast_memory_bytes, "host": r.host_memory_bytes}
-        self.problem = make_problem(r.model, r.workload, r.context_tokens, LONGEST_DRAFT)
+        draft = r.draft if r.drafter == "model" else None
+        self.problem = make_problem(r.model, r.workload, r.context_tokens, LONGEST_DRAFT, draft)
         self.space = GpuSpace(self.problem, self.limits, r.batch)
         self.estimator = GpuEstimator(self.problem, replace(rates_of(r.profile), scales=r.scales))
 
@@ -306,8 +307,9 @@ class GpuTuner:
             drafter = self.problem.drafts[int(one.draft[0])].drafter
             curve.append(CurvePoint(draft_length=length, drafter=drafter, prediction=self.predict(one)))
         draft, head = None, self.problem.head
-        if chosen.decode.drafter == "eagle" and head is not None:
-            draft = PlanModel(source="", name=head.name, fingerprint=head.fingerprint)
+        if chosen.decode.drafter in ("eagle", "model") and head is not None:
+            source = (r.draft_source or "") if chosen.decode.drafter == "model" else ""
+            draft = PlanModel(source=source, name=head.name, fingerprint=head.fingerprint)
         return Plan(
             model=PlanModel(
                 source=r.model_source,

@@ -17,7 +17,7 @@ from specmoeoff.profiles import find
 from specmoeoff.specs.model import ModelShape
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
-from specmoeoff.specs.workload import Workload
+from specmoeoff.specs.workload import Acceptance, Workload
 from specmoeoff.tuner.gpu_tune import GpuTuner, price_points
 from specmoeoff.tuner.tune import TuneRequest, tune
 
@@ -227,3 +227,26 @@ def test_plain_decoding_is_planned_where_runs_say_so(a30: TuneRequest) -> None:
     found = tune(replace(a30, measure_top=2, measure=lambda plan: 1.0 / (1 + plan.decode.draft_length)))
     assert found.decode.draft_length == 0
     assert found.draft is None
+
+
+def test_a_dense_draft_is_planned_with_its_kv_split_and_its_memory(tmp_path: Path) -> None:
+    """A draft of a billion parameters that is accepted often, on a card where not all of its KV fits."""
+    dense = {"architecture": "llama", "n_experts": 1, "n_active": 1, "fingerprint": "draft", "name": "draft"}
+    sizes = {"n_layers": 22, "hidden": 2048, "intermediate": 5632, "n_heads": 32, "n_kv_heads": 4, "head_dim": 64}
+    target = ModelShape.load(find("models", "mixtral-8x7b")).model
+    draft = target.model_copy(update=dense | sizes)
+    often = Acceptance(conditional=(0.85,) * 6, n_rounds=0, provenance="said")
+    asked = request("a30", "mixtral-8x7b", 24, 250)
+    behaviour = asked.workload.model_copy(update={"acceptance": {"model": often}})
+    plan = tune(replace(asked, workload=behaviour, draft=draft, draft_source="draft"))
+    assert plan.decode.drafter == "model"
+    assert plan.draft is not None
+    assert (plan.draft.source, plan.draft.fingerprint) == ("draft", "draft")
+    assert plan.gpu is not None
+    assert plan.memory.fast["draft_weights"] == 2 * draft.n_params
+    assert plan.memory.fast["draft_activations"] > 0
+    kv = {tier: getattr(plan.memory, tier).get("draft_kv", 0) for tier in ("fast", "host")}
+    assert kv["fast"] / sum(kv.values()) == pytest.approx(plan.gpu.draft_kv_share, abs=1e-6)
+    assert plan.predicted.tokens_per_s > plan.plain.predicted.tokens_per_s
+    plan.save(tmp_path / "plan.toml")
+    assert Plan.load(tmp_path / "plan.toml") == plan

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -302,6 +303,46 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
     yield from (Row(*row) for row in found)
 
 
+def draft_split(setting: Setting) -> Rows:
+    """Windows of four Mixtral layers with five tokens drafted by a dense 1.1 B model, whose KV lies here, there or on both sides."""
+    from specmoeoff.runtime.gpu.draft import GpuPasses
+
+    begin, k, caught_up = time.perf_counter(), 5, 3
+    limit_memory(setting)
+    name, n_layers, batch, context, n_windows = "mixtral-8x7b", 4, 256, 1024, 6
+    dense = {"architecture": "llama", "n_experts": 1, "n_active": 1, "vocab": 32000, "head_dim": 64}
+    sizes = {"n_layers": 22, "hidden": 2048, "intermediate": 5632, "n_heads": 32, "n_kv_heads": 4}
+    if setting.rehearsed:
+        name, n_layers, batch, context, n_windows = "tiny", 2, 4, 20, 1
+        sizes = {"n_layers": 2, "hidden": 64, "intermediate": 64, "n_heads": 2, "n_kv_heads": 1, "vocab": 40}
+    n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+    spec = shape(name, n_layers)
+    draft = SimpleNamespace(**vars(shape("tiny", 2)) | dense | sizes | {"max_positions": 4096})
+    synthetic = Synthetic(setting.device, spec, batch, context, k, n_threads=n_threads)
+    decode = SimpleNamespace(batch=batch, context_tokens=context + k + 1)
+    note = f"{batch} requests with {context} tokens, k = {k}; {n_layers} target layers, draft of {draft.n_layers}; random weights"
+    for share in (0.0, 1.0, 0.5, 0.75, 0.25):
+        what = f"draft KV {share:.0%} in GPU memory"
+        if time.perf_counter() - begin > 0.8 * setting.seconds:
+            yield Row(what, None, note="not measured: the section's time was up")
+            continue
+        passes = GpuPasses(
+            RandomWeights(draft), setting.device, decode, round(share * batch), batch * (k + 1), n_threads
+        )
+        slots, drafting, whole = list(range(batch)), [], []
+        for _ in range(n_windows + 1):
+            start = time.perf_counter()
+            for step in range(k):
+                n_new, known = (caught_up, context - caught_up) if step == 0 else (1, context + step - 1)
+                passes.run(slots, [[1] * n_new] * batch, [known] * batch, None)
+            drafting.append(time.perf_counter() - start)
+            synthetic.window(k)
+            whole.append(time.perf_counter() - start)
+        yield Row(f"{what}: window with drafting", median(whole[1:]), "s", note)
+        yield Row(f"{what}: drafting", median(drafting[1:]), "s", note)
+        del passes
+
+
 def limit_memory(setting: Setting) -> None:
     """As if the GPU had no more."""
     if not setting.rehearsed:
@@ -367,13 +408,14 @@ def accelerate(setting: Setting) -> Rows:
 
 SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seconds of 9 minutes
     "machine": (machine, 10),
-    "exactness": (exactness, 45),
-    "tests": (tests, 60),
-    "link": (link, 30),
+    "exactness": (exactness, 25),
+    "tests": (tests, 50),
+    "link": (link, 15),
     "profile": (profile, 70),
     "roofs": (roofs, 20),
     "kernels": (kernels, 60),
-    "mixtral": (mixtral, 130),
+    "mixtral": (mixtral, 100),
     "qwen3": (qwen3, 90),
+    "draft_split": (draft_split, 60),
     "accelerate": (accelerate, 60),
 }

@@ -1,6 +1,7 @@
 """Models of a shape with random weights, and windows of requests with random histories: what a GPU can be timed with."""
 
 import json
+import time
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
@@ -150,5 +151,7 @@ class Synthetic:
             counts, first = [n_new] * len(members), parts[-1].last if parts else 0
             parts.append(make_rows(first, counts, [context] * len(members), self._table[members], n_near))
         n_rows = self.batch * n_new
+        begin = time.perf_counter()
         self.runs.forward(np.arange(n_rows, dtype=np.int32) % self.spec.vocab, parts)
+        self.enqueued_s = time.perf_counter() - begin  # what the host takes, on-demand loads apart
         return self.runs.choose(np.arange(n_rows))

@@ -33,10 +33,11 @@ FITTED = (0, 3, 8)  # draft lengths that prices are refitted to; the others are 
 
 
 class Measured(NamedTuple):
-    """Windows of one draft length in a row: seconds of each, and of its nodes by kind."""
+    """Windows of one draft length in a row: seconds of each, of its nodes by kind, and of enqueuing them."""
 
     seconds: list[float]
     kinds: list[dict[str, float]]
+    enqueued: list[float]
 
     @property
     def mean_kinds(self) -> dict[str, float]:
@@ -132,7 +133,7 @@ def tiny() -> ModelSpec:
 
 def measure(synthetic: Synthetic, k: int, n: int) -> Measured:
     """n windows after two that fill the lanes."""
-    runs, seconds, nodes = synthetic.runs, [], []
+    runs, seconds, nodes, enqueued = synthetic.runs, [], [], []
     for _ in range(2):
         synthetic.window(k)
     for _ in range(n):
@@ -140,7 +141,8 @@ def measure(synthetic: Synthetic, k: int, n: int) -> Measured:
         synthetic.window(k)
         seconds.append(time.perf_counter() - begin)
         nodes.append(runs.nodes)
-    return Measured(seconds, [runs.seconds_by_kind(of) for of in nodes])
+        enqueued.append(synthetic.enqueued_s)
+    return Measured(seconds, [runs.seconds_by_kind(of) for of in nodes], enqueued)
 
 
 def period_s(synthetic: Synthetic, kinds: Mapping[str, float]) -> float:
@@ -174,8 +176,8 @@ def rows_of(
                 yield f"k = {k}, turn {turn + 1} of {ROUNDS}", None, "", "not measured: the section's time was up"
                 continue
             more = measure(synthetic, k, n_windows // ROUNDS)
-            before = found.get(k, Measured([], []))
-            found[k] = Measured(before.seconds + more.seconds, before.kinds + more.kinds)
+            before = found.get(k, Measured([], [], []))
+            found[k] = Measured(*(old + new for old, new in zip(before, more, strict=True)))
     observed = [
         Observed(tuned.at(choice, k), float(tuned.context), kinds)
         for k in FITTED
@@ -194,6 +196,12 @@ def rows_of(
         )
         ratios = [s / period_s(synthetic, of) for s, of in zip(measured.seconds, measured.kinds, strict=True)]
         yield f"k = {k}: window over the period of its measured nodes", median(ratios), "x"
+        yield (
+            f"k = {k}: enqueuing it",
+            median(measured.enqueued),
+            "s",
+            "of the host's time, beside what it enqueued before",
+        )
         yield f"k = {k}: predicted from roofs, over measured", by_roofs[k] / window_s, "x"
         note = "fitted to it" if k in FITTED else "fitted to k = 0, 3, 8"
         yield f"k = {k}: predicted after refitting, over measured", tuned.predicted_s(choice, k) / window_s, "x", note

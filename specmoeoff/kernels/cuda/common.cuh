@@ -28,8 +28,8 @@ __device__ inline size_t head_at(int page, int kv_head, int n_kv_heads, int dim)
     return ((size_t)page * n_kv_heads + kv_head) * 2 * dim * PAGE_TOKENS;
 }
 
-// The one shared array of a block, carved by the kernel.
-extern __shared__ uint4 shared_memory[];
+// The one shared array of a block, carved by the kernel; aligned as wgmma's swizzle wants it.
+extern __shared__ uint4 __align__(1024) shared_memory[];
 
 __device__ inline float from_bf16(u16 x) { return __uint_as_float((unsigned)x << 16); }
 

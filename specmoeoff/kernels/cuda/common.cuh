@@ -43,8 +43,6 @@ __device__ inline u16 to_bf16(float x)
     return (bits & 0x7fffffffu) > 0x7f800000u ? (u16)(bits >> 16 | 0x40) : (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-__device__ inline unsigned bf16_pair(float low, float high) { return to_bf16(low) | (unsigned)to_bf16(high) << 16; }
-
 // Over the lanes of a warp as a butterfly: the same tree whatever the rest of the grid does, the same bits in every lane.
 template <class T> __device__ inline T warp_sum(T x)
 {

@@ -17,11 +17,12 @@ constexpr int MANY = 128;   // rows of tiles that wait for the tensor cores rath
 struct Rows {
     const int *slots;  // NULL: rows as they come
     int first, last, divisor;
-    __device__ int operator()(int i) const  // what is past the end repeats the last row and is not stored
+    __device__ int slot(int i) const  // what is past the end repeats the last and is not stored
     {
         const int at = first + i < last ? first + i : last - 1;
-        return slots ? slots[at] / divisor : at;
+        return slots ? slots[at] : at;
     }
+    __device__ int operator()(int i) const { return slot(i) / divisor; }
 };
 
 // What a block of GROUPS * 4 warps has of the rows: a thread copies the same 16-byte piece of some of them in every chunk.
@@ -166,6 +167,17 @@ __device__ void multiply(float (&sums)[MATRICES][ROWS / 8][4], const Weights<MAT
 #endif
 }
 
+// Of this lane's columns: all before any is stored, for the compiler cannot know that they stay.
+template <int TILES> __device__ void slots_of(int (&to)[TILES][2], const Rows &rows)
+{
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) to[t][i] = rows.slot(t * 8 + threadIdx.x % 4 * 2 + i);
+}
+
+__device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
 // Grid (row tiles of the largest group, ceil(features / those of a block), groups). A group without weights (NULL) is left to
 // others. A warp has 16 of every 64 features of a block; one that would be past the end does the last ones', for the barriers.
 template <int GROUPS, int ROWS>
@@ -181,15 +193,15 @@ __device__ void gate_up(const u16 *x, const uint4 *const *experts, const int *st
     multiply<GROUPS, 2, ROWS>(sums, weights, x, rows);
     if (tile >= n_tiles) return;
     const int feature = tile * FEATURES + lane / 4 * 2;
+    int to[ROWS / 8][2];
+    slots_of(to, rows);
 #pragma unroll
     for (int t = 0; t < ROWS / 8; t++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int at = rows.first + t * 8 + lane % 4 * 2 + i;
-            if (at >= rows.last) continue;
-            const float g0 = sums[0][t][i], g1 = sums[0][t][i + 2];
-            *(unsigned *)(out + (size_t)slots[at] * intermediate + feature) =
-                bf16_pair(g0 / (1.f + expf(-g0)) * sums[1][t][i], g1 / (1.f + expf(-g1)) * sums[1][t][i + 2]);
+            if (rows.first + t * 8 + lane % 4 * 2 + i >= rows.last) continue;
+            *(unsigned *)(out + (size_t)to[t][i] * intermediate + feature) =
+                bf16_pair(silu(sums[0][t][i]) * sums[1][t][i], silu(sums[0][t][i + 2]) * sums[1][t][i + 2]);
         }
 }
 
@@ -212,18 +224,24 @@ __device__ void linear(const u16 *x, const uint4 *const *weights_of, long long o
     float sums[MATRICES][ROWS / 8][4];
     multiply<GROUPS, MATRICES, ROWS>(sums, weights, x, rows);
     const int column = tile * FEATURES + lane / 4 * 2;
+    const bool even = features % 2 == 0;
+    int to[ROWS / 8][2];
+    slots_of(to, rows);
 #pragma unroll
     for (int t = 0; t < ROWS / 8; t++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int at = t * 8 + lane % 4 * 2 + i;
-            if (rows.first + at >= rows.last) continue;
-            float *const to = out + (size_t)rows(at) * features;
+            if (rows.first + t * 8 + lane % 4 * 2 + i >= rows.last) continue;
+            float *const row = out + (size_t)to[t][i] * features;
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
                 const int feature = column + m * WARPS * FEATURES;
-                if (feature < features) to[feature] = sums[m][t][i];
-                if (feature + 1 < features) to[feature + 1] = sums[m][t][i + 2];
+                if (even && feature < features) {
+                    *(float2 *)(row + feature) = make_float2(sums[m][t][i], sums[m][t][i + 2]);
+                } else {
+                    if (feature < features) row[feature] = sums[m][t][i];
+                    if (feature + 1 < features) row[feature + 1] = sums[m][t][i + 2];
+                }
             }
         }
 }
@@ -254,7 +272,9 @@ GATE_UP(128, 2, 128)
 LINEAR(64, 1, 1, 8)
 LINEAR(64, 1, 1, 16)
 LINEAR(64, 1, 1, 32)
+LINEAR(64, 1, 1, 64)
 LINEAR(128, 2, 1, 64)
+LINEAR(128, 2, 1, 128)
 LINEAR(256, 2, 2, 128)
 
 // x (M, hidden) += sum over ranks, in order, of weight (M, n_active) * out (M * n_active, hidden); product rounded before the sum.

@@ -3,6 +3,7 @@
 bf16 is carried as uint16. Pure, so that the tests run the very same launches on a CPU.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +34,17 @@ class Tile(NamedTuple):
         return STAGES * self.rows * DEPTH * 2
 
 
-# The first that takes a group whole, else the last; as grouped.cu has them.
+# As grouped.cu has them: those of the fewest rows that take a group whole, else of the most; of these the last whose grid has
+# ENOUGH_BLOCKS, else the first.
 TILES = {
     "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8)),
-    "linear": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(128, 64, 8), Tile(256, 128, 8)),
+    "linear": (
+        *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4)),
+        *(Tile(64, 64, 4), Tile(128, 64, 8)),
+        *(Tile(128, 128, 8), Tile(256, 128, 8)),
+    ),
 }
+ENOUGH_BLOCKS = 100
 
 
 class Launch(NamedTuple):
@@ -86,11 +93,22 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarra
     return np.concatenate([pack_linear(matrix).reshape(-1) for matrix in (gate, up, down)])
 
 
+def _grid(tile: Tile, features: int, n_groups: int, most_rows: int) -> tuple[int, int, int]:
+    return _ceil(most_rows, tile.rows), _ceil(features, tile.features), n_groups
+
+
+def choose_tile(kernel: str, features: int, n_groups: int, most_rows: int) -> Tile:
+    """See TILES."""
+    rows = next((t.rows for t in TILES[kernel] if t.rows >= most_rows), TILES[kernel][-1].rows)
+    first, *others = (t for t in TILES[kernel] if t.rows == rows)
+    large = [t for t in others if math.prod(_grid(t, features, n_groups, most_rows)) >= ENOUGH_BLOCKS]
+    return large[-1] if large else first
+
+
 def grouped(kernel: str, features: int, n_groups: int, most_rows: int, tile: Tile | None, *arguments: Any) -> Launch:
     """`experts`' and `linear`'s: with arguments as grouped.cu has them."""
-    tiles = TILES[kernel]
-    tile = tile or next((t for t in tiles if t.rows >= most_rows), tiles[-1])
-    grid = (_ceil(most_rows, tile.rows), _ceil(features, tile.features), n_groups)
+    tile = tile or choose_tile(kernel, features, n_groups, most_rows)
+    grid = _grid(tile, features, n_groups, most_rows)
     return Launch(f"{kernel}_{tile.suffix}", grid, (tile.warps * WARP, 1, 1), tile.shared_bytes, arguments)
 
 

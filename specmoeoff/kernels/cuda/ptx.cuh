@@ -31,6 +31,14 @@ __device__ inline uint4 load_once(const uint4 *p)
     return v;
 }
 
+// To nearest, ties to even; NaN stays NaN.
+__device__ inline unsigned bf16_pair(float low, float high)
+{
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // Four 8x8 matrices of 16-bit words: lane 8 i + j tells where row j of matrix i is; lane 4 g + q gets words 2q, 2q+1 of each one's row g.
 __device__ inline uint4 load_matrices(const void *row)
 {

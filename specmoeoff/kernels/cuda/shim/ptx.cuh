@@ -19,6 +19,13 @@ inline void mma(float (&d)[4], uint4 a, unsigned b0, unsigned b1)
     }
 }
 
+inline unsigned bf16_half(float x)
+{
+    const unsigned bits = __float_as_uint(x);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline unsigned bf16_pair(float low, float high) { return bf16_half(low) | bf16_half(high) << 16; }
+
 // Copies happen as late as they may or, in every other order, at once.
 inline void copy_async(void *shared, const void *global)
 {

@@ -5,14 +5,16 @@ absolute positions (see each .cu file), multiply-adds are written out, and no la
 """
 
 import functools
+import tempfile
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.kernels.cuda.launches import HEAD_DIMS, ROW_TILES, Launch
+from specmoeoff.kernels.cuda.launches import HEAD_DIMS, TILES, Launch
 
 KERNELS = {
-    "grouped": (*(f"{name}_{n}" for name in ("gate_up", "linear") for n in ROW_TILES), "combine"),
+    "grouped": (*(f"{name}_{tile.suffix}" for name, tiles in TILES.items() for tile in tiles), "combine"),
     "router": ("route", "token_lists"),
     "append": ("embed", "rmsnorm", "norm_rope_append"),
     "attention": (*(f"attend_{n}" for n in HEAD_DIMS), "merge"),
@@ -21,23 +23,50 @@ KERNELS = {
 }
 FOLDER = files(__package__)
 OPTIONS = ("--std=c++17", "--fmad=false")  # and FOLDER on the include path
+WITH_WGMMA = ("grouped",)
+HOPPER, HOPPER_TARGET = "90", "sm_90a"  # wgmma is of this target only, which CuPy does not compile for
+MOST_RING_BYTES = max(tile.shared_bytes for tiles in TILES.values() for tile in tiles)
 
 
 @functools.cache
-def _module(name: str) -> Any:
+def _functions(source: str) -> dict[str, Any]:
     try:
         import cupy
     except ImportError:
         raise MissingCapability(
             "the CUDA kernels need CuPy, which is not installed; `pip install 'specmoeoff[cuda12]'` (or cuda13) adds it."
         ) from None
-    return cupy.RawModule(code=FOLDER.joinpath(f"{name}.cu").read_text(), options=(*OPTIONS, f"-I{FOLDER}"))
+    code, options = FOLDER.joinpath(f"{source}.cu").read_text(), (*OPTIONS, f"-I{FOLDER}")
+    if source in WITH_WGMMA and cupy.cuda.Device().compute_capability == HOPPER:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{source}.cubin")
+            path.write_bytes(_compiled(cupy.cuda.nvrtc, code, (*options, "-ftz=true", f"-arch={HOPPER_TARGET}")))
+            module = cupy.RawModule(path=str(path))
+            return {kernel: module.get_function(kernel) for kernel in KERNELS[source]}
+    module = cupy.RawModule(code=code, options=options)
+    return {kernel: module.get_function(kernel) for kernel in KERNELS[source]}
+
+
+def _compiled(nvrtc: Any, code: str, options: tuple[str, ...]) -> bytes:
+    """By the NVRTC that CuPy uses. Raises RuntimeError with what it says."""
+    program = nvrtc.createProgram(code, "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 @functools.cache
 def function(kernel: str) -> Any:
     """CuPy's function of that name. Raises MissingCapability without CuPy."""
-    return _module(next(name for name, kernels in KERNELS.items() if kernel in kernels)).get_function(kernel)
+    source = next(source for source, kernels in KERNELS.items() if kernel in kernels)
+    made = _functions(source)[kernel]
+    if source == "grouped":
+        made.max_dynamic_shared_size_bytes = MOST_RING_BYTES
+    return made
 
 
 def enqueue(launch: Launch) -> None:

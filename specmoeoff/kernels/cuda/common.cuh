@@ -28,8 +28,8 @@ __device__ inline size_t head_at(int page, int kv_head, int n_kv_heads, int dim)
     return ((size_t)page * n_kv_heads + kv_head) * 2 * dim * PAGE_TOKENS;
 }
 
-// The one shared array of a block, carved by the kernel.
-extern __shared__ uint4 shared_memory[];
+// The one shared array of a block, carved by the kernel; aligned as wgmma's swizzle wants it.
+extern __shared__ uint4 __align__(1024) shared_memory[];
 
 __device__ inline float from_bf16(u16 x) { return __uint_as_float((unsigned)x << 16); }
 
@@ -42,8 +42,6 @@ __device__ inline u16 to_bf16(float x)
     const unsigned bits = __float_as_uint(x);
     return (bits & 0x7fffffffu) > 0x7f800000u ? (u16)(bits >> 16 | 0x40) : (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
-
-__device__ inline unsigned bf16_pair(float low, float high) { return to_bf16(low) | (unsigned)to_bf16(high) << 16; }
 
 // Over the lanes of a warp as a butterfly: the same tree whatever the rest of the grid does, the same bits in every lane.
 template <class T> __device__ inline T warp_sum(T x)

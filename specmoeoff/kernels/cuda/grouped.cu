@@ -1,158 +1,281 @@
 // Rows gathered by expert times packed weights: the expert feed-forward, and as a single group every dense projection.
 //
 // Weights are the tensor cores' A operand, packed so that a lane's 16 bytes are its fragment (see `pack_linear`): a warp streams
-// them from global memory to registers, each once for all the rows of a tile. Rows are the B operand, through shared memory. One
-// output element is one chain of mma over the summed dimension in its order, whichever column of whichever tile it falls into:
-// TILES (8 rows each) trades rows for bandwidth, and changes no bit.
+// them from global memory to registers. Rows are the B operand, through a ring of chunks in shared memory, swizzled as wgmma
+// reads them. One output element is one chain of mma, or of wgmma where there is one, over the summed dimension in its order,
+// whichever column of whichever tile it falls into: the tile trades rows for bandwidth, and changes no bit.
 #include "common.cuh"
 
 namespace {
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP, FEATURES = 16, DEPTH = 64, STEPS = DEPTH / 16;
-constexpr int STRIDE = DEPTH * 2 + 64;  // bytes of a staged row: 8 lanes' 16 bytes fall on different banks
+constexpr int WARPS = 4, GROUP = WARPS * WARP, FEATURES = 16, DEPTH = 64, STEPS = DEPTH / 16, PIECES = DEPTH / 8, ROW_BYTES = DEPTH * 2;
+constexpr int STAGES = 4;   // chunks of the ring
+constexpr int AHEAD = 4;    // chunks of weights on their way to L2
+constexpr int LINE = 128;   // bytes
+constexpr int MANY = 128;   // rows of tiles that wait for the tensor cores rather than for memory
 
 struct Rows {
     const int *slots;  // NULL: rows as they come
     int first, last, divisor;
-    __device__ int operator()(int i) const  // what is past the end repeats the last row and is not stored
+    __device__ int slot(int i) const  // what is past the end repeats the last and is not stored
     {
         const int at = first + i < last ? first + i : last - 1;
-        return slots ? slots[at] / divisor : at;
+        return slots ? slots[at] : at;
+    }
+    __device__ int operator()(int i) const { return slot(i) / divisor; }
+};
+
+// What a block of GROUPS * 4 warps has of the rows: a thread copies the same 16-byte piece of some of them in every chunk.
+template <int GROUPS, int ROWS> struct Ring {
+    static constexpr int STEP = GROUPS * GROUP / PIECES, EACH = (ROWS + STEP - 1) / STEP, BYTES = ROWS * ROW_BYTES;
+    const uint4 *x;
+    unsigned from[EACH], to;
+    int chunks;
+    __device__ Ring(const u16 *x, int depth, const Rows &rows) : x((const uint4 *)x), chunks(depth / DEPTH)
+    {
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+        to = row * ROW_BYTES + (piece ^ row % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) from[i] = (unsigned)rows(row + i * STEP) * (unsigned)(depth / 8) + piece;
+    }
+    __device__ unsigned char *stage(int chunk) const { return (unsigned char *)shared_memory + chunk % STAGES * BYTES; }
+    __device__ void copy(int chunk) const
+    {
+        if (chunk < chunks && (ROWS >= STEP || threadIdx.x < ROWS * PIECES)) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) copy_async(stage(chunk) + to + i * STEP * ROW_BYTES, x + from[i] + chunk * PIECES);
+        }
+        commit_copies();
     }
 };
 
-template <int TILES> __device__ void stage(unsigned char *buffer, const u16 *x, int depth, int chunk, const Rows &rows)
-{
-    for (int i = threadIdx.x; i < TILES * 8 * (DEPTH / 8); i += THREADS) {
-        const int row = i / (DEPTH / 8), piece = i % (DEPTH / 8);
-        copy_async(buffer + row * STRIDE + piece * 16, x + (size_t)rows(row) * depth + chunk * DEPTH + piece * 8);
-    }
-    commit_copies();
-}
-
-template <int MATRICES>
-__device__ void fetch(uint4 (&to)[MATRICES][STEPS], const uint4 *const (&weights)[MATRICES], int chunk)
-{
-#pragma unroll
-    for (int m = 0; m < MATRICES; m++)
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) to[m][s] = load_once(weights[m] + (chunk * STEPS + s) * WARP + threadIdx.x % WARP);
-}
-
-// weights: this warp's 16 features of every matrix.
-template <int MATRICES, int TILES>
-__device__ void multiply(float (&sums)[MATRICES][TILES][4], const uint4 *const (&weights)[MATRICES], const u16 *x, int depth, const Rows &rows)
-{
-    constexpr int BUFFER = TILES * 8 * STRIDE;
-    unsigned char *staged = (unsigned char *)shared_memory;
-    const int lane = threadIdx.x % WARP, chunks = depth / DEPTH;
-    uint4 now[MATRICES][STEPS], next[MATRICES][STEPS];
-#pragma unroll
-    for (int m = 0; m < MATRICES; m++)
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[m][t][i] = 0.f;
-
-    fetch(now, weights, 0);
-    stage<TILES>(staged, x, depth, 0, rows);
-    for (int chunk = 0; chunk < chunks; chunk++) {
-        if (chunk + 1 < chunks) {
-            fetch(next, weights, chunk + 1);
-            stage<TILES>(staged + (chunk + 1) % 2 * BUFFER, x, depth, chunk + 1, rows);
-            wait_copies<1>();
-        } else {
-            wait_copies<0>();
-        }
-        __syncthreads();
-#pragma unroll
-        for (int s = 0; s < STEPS; s += 2)
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                const unsigned char *row = staged + chunk % 2 * BUFFER + (t * 8 + lane / 4) * STRIDE;
-                const uint4 b = *(const uint4 *)(row + s * 32 + lane % 4 * 16);
-#pragma unroll
-                for (int m = 0; m < MATRICES; m++) {
-                    mma(sums[m][t], now[m][s], b.x, b.y);
-                    mma(sums[m][t], now[m][s + 1], b.z, b.w);
-                }
-            }
-        __syncthreads();
+template <int MATRICES> struct Weights {
+    const uint4 *of[MATRICES];  // this warp's 16 features of each, from this lane's word on
+    int chunks;
+    __device__ void load(uint4 (&to)[MATRICES][STEPS], int chunk) const
+    {
+        const int at = chunk < chunks ? chunk : chunks - 1;
 #pragma unroll
         for (int m = 0; m < MATRICES; m++)
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) now[m][s] = next[m][s];
+            for (int s = 0; s < STEPS; s++) to[m][s] = load_once(of[m] + (at * STEPS + s) * WARP);
     }
+    __device__ void fetch(int chunk) const
+    {
+        constexpr int LINES = STEPS * WARP * 16 / LINE;
+        const int lane = threadIdx.x % WARP, m = lane / LINES;
+        if (chunk < chunks && m < MATRICES)
+            prefetch(of[MATRICES == 1 ? 0 : m] - lane + chunk * STEPS * WARP + lane % LINES * (LINE / 16));
+    }
+};
+
+#ifdef WGMMA
+// Of 128-byte rows, whose 16-byte pieces are exchanged by the row's number in 8; eight rows after 1024 bytes.
+__device__ inline unsigned long long b_descriptor(const void *rows)
+{
+    return (unsigned long long)(shared_address(rows) >> 4) | 1ull << 16 | (unsigned long long)(8 * ROW_BYTES >> 4) << 32 | 1ull << 62;
+}
+#endif
+
+// One chunk's: with wgmma, on their way.
+template <int MATRICES, int TILES>
+__device__ void products(float (&sums)[MATRICES][TILES][4], const uint4 (&a)[MATRICES][STEPS], const unsigned char *rows)
+{
+#ifdef WGMMA
+    const unsigned long long b = b_descriptor(rows);
+    fence_products();
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+#pragma unroll
+        for (int m = 0; m < MATRICES; m++) wgmma(sums[m], a[m][s], b + s * 2);  // 16 inputs are 32 bytes
+    commit_products();
+#else
+    const int lane = threadIdx.x % WARP, row = lane % 8;
+#pragma unroll
+    for (int s = 0; s < STEPS; s += 2)
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const uint4 b = load_matrices(rows + (t * 8 + row) * ROW_BYTES + ((s * 2 + lane / 8) ^ row) * 16);
+#pragma unroll
+            for (int m = 0; m < MATRICES; m++) {
+                mma(sums[m][t], a[m][s], b.x, b.y);
+                mma(sums[m][t], a[m][s + 1], b.z, b.w);
+            }
+        }
+#endif
 }
 
-// Grid (row tiles of the largest group, ceil(features / 64), groups). A group without weights (NULL) is left to others.
-template <int TILES>
-__device__ void gate_up(const u16 *x, const uint4 *const *experts, const int *start, const int *slots, int hidden, int intermediate, int n_active, u16 *out)
+// Until those of all chunks but the youngest PENDING are there.
+template <int PENDING> __device__ inline void wait_for_products()
 {
-    const int expert = blockIdx.z, tile = blockIdx.y * WARPS + threadIdx.x / WARP;
-    const Rows rows = {slots, start[expert] + (int)blockIdx.x * TILES * 8, start[expert + 1], n_active};
-    if (rows.first >= rows.last || !experts[expert]) return;
-    const int n_tiles = intermediate / FEATURES, mine = tile < n_tiles ? tile : n_tiles - 1;  // idle warps keep the barriers
-    const size_t tile_size = (size_t)hidden * FEATURES / 8;
-    const uint4 *const weights[2] = {experts[expert] + mine * tile_size, experts[expert] + (n_tiles + mine) * tile_size};
-    float sums[2][TILES][4];
-    multiply(sums, weights, x, hidden, rows);
-    if (tile >= n_tiles) return;
-    const int lane = threadIdx.x % WARP, feature = tile * FEATURES + lane / 4 * 2;
+#ifdef WGMMA
+    wait_products<PENDING>();
+#endif
+}
+
+// `a` has this chunk's weights; `other` had the one's before, gets the one's after.
+template <int GROUPS, int MATRICES, int ROWS>
+__device__ inline void chunk_of(int chunk, float (&sums)[MATRICES][ROWS / 8][4], uint4 (&a)[MATRICES][STEPS], uint4 (&other)[MATRICES][STEPS],
+                                const Weights<MATRICES> &weights, const Ring<GROUPS, ROWS> &ring)
+{
+    constexpr bool OVERLAP = ROWS >= MANY;  // this chunk's products begin before the last one's are done
+    wait_copies<STAGES - 3>();
+#ifdef WGMMA
+    fence_copies();
+#endif
+    if (!OVERLAP) weights.load(other, chunk + 1);
+    weights.fetch(chunk + 1 + AHEAD);
+    __syncthreads();  // the chunk is there, and nobody reads the one before the last any more
+    if (!OVERLAP) ring.copy(chunk + STAGES - 2);
+    products(sums, a, ring.stage(chunk));
+    if (OVERLAP) ring.copy(chunk + STAGES - 2);
+    wait_for_products<OVERLAP>();
+    if (OVERLAP) weights.load(other, chunk + 1);
+}
+
+template <int GROUPS, int MATRICES, int ROWS>
+__device__ void multiply(float (&sums)[MATRICES][ROWS / 8][4], const Weights<MATRICES> &weights, const u16 *x, const Rows &rows)
+{
+    const int chunks = weights.chunks;
+    const Ring<GROUPS, ROWS> ring(x, chunks * DEPTH, rows);
+    uint4 even[MATRICES][STEPS], odd[MATRICES][STEPS];
+#pragma unroll
+    for (int m = 0; m < MATRICES; m++)
+#pragma unroll
+        for (int t = 0; t < ROWS / 8; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[m][t][i] = 0.f;
+
+    weights.load(even, 0);
+#pragma unroll
+    for (int chunk = 1; chunk <= AHEAD; chunk++) weights.fetch(chunk);
+#pragma unroll
+    for (int chunk = 0; chunk < STAGES - 2; chunk++) ring.copy(chunk);
+    for (int chunk = 0; chunk < chunks; chunk += 2) {
+        chunk_of<GROUPS, MATRICES, ROWS>(chunk, sums, even, odd, weights, ring);
+        if (chunk + 1 == chunks) break;
+        chunk_of<GROUPS, MATRICES, ROWS>(chunk + 1, sums, odd, even, weights, ring);
+    }
+    wait_for_products<0>();
+#ifdef WGMMA
+#pragma unroll
+    for (int m = 0; m < MATRICES; m++)
+#pragma unroll
+        for (int t = 0; t < ROWS / 8; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) pin(sums[m][t][i]);
+#endif
+}
+
+// Of this lane's columns: all before any is stored, for the compiler cannot know that they stay.
+template <int TILES> __device__ void slots_of(int (&to)[TILES][2], const Rows &rows)
+{
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
+        for (int i = 0; i < 2; i++) to[t][i] = rows.slot(t * 8 + threadIdx.x % 4 * 2 + i);
+}
+
+__device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
+// Grid (row tiles of the largest group, ceil(features / those of a block), groups). A group without weights (NULL) is left to
+// others. A warp has 16 of every 64 features of a block; one that would be past the end does the last ones', for the barriers.
+template <int GROUPS, int ROWS>
+__device__ void gate_up(const u16 *x, const uint4 *const *experts, const int *start, const int *slots, int hidden, int intermediate, int n_active, u16 *out)
+{
+    const int expert = blockIdx.z, lane = threadIdx.x % WARP, tile = blockIdx.y * GROUPS * WARPS + threadIdx.x / WARP;
+    const Rows rows = {slots, start[expert] + (int)blockIdx.x * ROWS, start[expert + 1], n_active};
+    if (rows.first >= rows.last || !experts[expert]) return;
+    const int n_tiles = intermediate / FEATURES, mine = tile < n_tiles ? tile : n_tiles - 1;
+    const size_t tile_size = (size_t)hidden * FEATURES / 8;
+    const Weights<2> weights = {{experts[expert] + mine * tile_size + lane, experts[expert] + (n_tiles + mine) * tile_size + lane}, hidden / DEPTH};
+    float sums[2][ROWS / 8][4];
+    multiply<GROUPS, 2, ROWS>(sums, weights, x, rows);
+    if (tile >= n_tiles) return;
+    const int feature = tile * FEATURES + lane / 4 * 2;
+    int to[ROWS / 8][2];
+    slots_of(to, rows);
+#pragma unroll
+    for (int t = 0; t < ROWS / 8; t++)
+#pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int at = rows.first + t * 8 + lane % 4 * 2 + i;
-            if (at >= rows.last) continue;
-            const float g0 = sums[0][t][i], g1 = sums[0][t][i + 2];
-            *(unsigned *)(out + (size_t)slots[at] * intermediate + feature) =
-                bf16_pair(g0 / (1.f + expf(-g0)) * sums[1][t][i], g1 / (1.f + expf(-g1)) * sums[1][t][i + 2]);
+            if (rows.first + t * 8 + lane % 4 * 2 + i >= rows.last) continue;
+            *(unsigned *)(out + (size_t)to[t][i] * intermediate + feature) =
+                bf16_pair(silu(sums[0][t][i]) * sums[1][t][i], silu(sums[0][t][i + 2]) * sums[1][t][i + 2]);
         }
 }
 
 // offset: uint4 words before the matrix in each group's weights. A slot is both the row read and the row written.
-template <int TILES>
+template <int GROUPS, int MATRICES, int ROWS>
 __device__ void linear(const u16 *x, const uint4 *const *weights_of, long long offset, const int *start, const int *slots, int depth, int features, float *out)
 {
-    const int group = blockIdx.z, tile = blockIdx.y * WARPS + threadIdx.x / WARP;
-    const Rows rows = {slots, start[group] + (int)blockIdx.x * TILES * 8, start[group + 1], 1};
+    const int group = blockIdx.z, lane = threadIdx.x % WARP;
+    const int tile = (blockIdx.y * GROUPS + threadIdx.x / GROUP) * MATRICES * WARPS + threadIdx.x / WARP % WARPS;
+    const Rows rows = {slots, start[group] + (int)blockIdx.x * ROWS, start[group + 1], 1};
     if (rows.first >= rows.last || !weights_of[group]) return;
-    const int n_tiles = (features + FEATURES - 1) / FEATURES, mine = tile < n_tiles ? tile : n_tiles - 1;
-    const uint4 *const weights[1] = {weights_of[group] + offset + mine * ((size_t)depth * FEATURES / 8)};
-    float sums[1][TILES][4];
-    multiply(sums, weights, x, depth, rows);
-    const int lane = threadIdx.x % WARP, feature = tile * FEATURES + lane / 4 * 2;
+    const int n_tiles = (features + FEATURES - 1) / FEATURES;
+    Weights<MATRICES> weights;
+    weights.chunks = depth / DEPTH;
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+    for (int m = 0; m < MATRICES; m++) {
+        const int mine = tile + m * WARPS < n_tiles ? tile + m * WARPS : n_tiles - 1;
+        weights.of[m] = weights_of[group] + offset + mine * ((size_t)depth * FEATURES / 8) + lane;
+    }
+    float sums[MATRICES][ROWS / 8][4];
+    multiply<GROUPS, MATRICES, ROWS>(sums, weights, x, rows);
+    const int column = tile * FEATURES + lane / 4 * 2;
+    const bool even = features % 2 == 0;
+    int to[ROWS / 8][2];
+    slots_of(to, rows);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int at = t * 8 + lane % 4 * 2 + i % 2;
-            if (rows.first + at < rows.last && feature + i / 2 < features)
-                out[(size_t)rows(at) * features + feature + i / 2] = sums[0][t][i];
+    for (int t = 0; t < ROWS / 8; t++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (rows.first + t * 8 + lane % 4 * 2 + i >= rows.last) continue;
+            float *const row = out + (size_t)to[t][i] * features;
+#pragma unroll
+            for (int m = 0; m < MATRICES; m++) {
+                const int feature = column + m * WARPS * FEATURES;
+                if (even && feature < features) {
+                    *(float2 *)(row + feature) = make_float2(sums[m][t][i], sums[m][t][i + 2]);
+                } else {
+                    if (feature < features) row[feature] = sums[m][t][i];
+                    if (feature + 1 < features) row[feature + 1] = sums[m][t][i + 2];
+                }
+            }
         }
 }
 
 }  // namespace
 
-#define FOR_TILES(n)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                         \
-        gate_up_##n(const u16 *x, const uint4 *const *experts, const int *start, const int *slots, int hidden, int intermediate,  \
-                    int n_active, u16 *out)                                                                                       \
+// name_FxR: a block takes F features (64 to a group of four warps, or 64 of each of its matrices) and R rows.
+#define GATE_UP(features, groups, rows)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(groups * GROUP, 1)                                                               \
+        gate_up_##features##x##rows(const u16 *x, const uint4 *const *experts, const int *start, const int *slots, int hidden,    \
+                                    int intermediate, int n_active, u16 *out)                                                     \
     {                                                                                                                             \
-        gate_up<n>(x, experts, start, slots, hidden, intermediate, n_active, out);                                                \
-    }                                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                         \
-        linear_##n(const u16 *x, const uint4 *const *weights, long long offset, const int *start, const int *slots, int depth,    \
-                   int features, float *out)                                                                                      \
+        gate_up<groups, rows>(x, experts, start, slots, hidden, intermediate, n_active, out);                                     \
+    }
+#define LINEAR(features, groups, matrices, rows)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(groups * GROUP, 1)                                                               \
+        linear_##features##x##rows(const u16 *x, const uint4 *const *weights, long long offset, const int *start,                 \
+                                   const int *slots, int depth, int n_out, float *out)                                            \
     {                                                                                                                             \
-        linear<n>(x, weights, offset, start, slots, depth, features, out);                                                        \
+        linear<groups, matrices, rows>(x, weights, offset, start, slots, depth, n_out, out);                                      \
     }
 
-FOR_TILES(1)
-FOR_TILES(2)
-FOR_TILES(4)
-FOR_TILES(8)
+GATE_UP(64, 1, 8)
+GATE_UP(64, 1, 16)
+GATE_UP(64, 1, 32)
+GATE_UP(64, 1, 64)
+GATE_UP(128, 2, 128)
+LINEAR(64, 1, 1, 8)
+LINEAR(64, 1, 1, 16)
+LINEAR(64, 1, 1, 32)
+LINEAR(64, 1, 1, 64)
+LINEAR(128, 2, 1, 64)
+LINEAR(128, 2, 1, 128)
+LINEAR(256, 2, 2, 128)
 
 // x (M, hidden) += sum over ranks, in order, of weight (M, n_active) * out (M * n_active, hidden); product rounded before the sum.
 // Experts that `elsewhere` (n_experts; NULL: none) marks are left out: index (M, n_active) tells whose a slot is.

@@ -3,6 +3,7 @@
 bf16 is carried as uint16. Pure, so that the tests run the very same launches on a CPU.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +11,40 @@ import numpy as np
 from specmoeoff.kernels.cpu import PAGE_TOKENS
 
 Array = Any  # of NumPy or CuPy
-ROW_TILES = (1, 2, 4, 8)  # of 8 rows: how many a block of `grouped.cu` takes at once
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 WARP, FEATURES, DEPTH, RANGE_TOKENS = 32, 16, 64, 512  # as in the .cu files
 BLOCK_WARPS = 4
-STAGED_ROW_BYTES = 2 * (DEPTH * 2 + 64)
+STAGES = 4
 NULL = np.uint64(0)
+
+
+class Tile(NamedTuple):
+    """What a block of grouped.cu takes at once, by so many warps."""
+
+    features: int
+    rows: int
+    warps: int
+
+    @property
+    def suffix(self) -> str:
+        return f"{self.features}x{self.rows}"
+
+    @property
+    def shared_bytes(self) -> int:
+        return STAGES * self.rows * DEPTH * 2
+
+
+# As grouped.cu has them: those of the fewest rows that take a group whole, else of the most; of these the last whose grid has
+# ENOUGH_BLOCKS, else the first.
+TILES = {
+    "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8)),
+    "linear": (
+        *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4)),
+        *(Tile(64, 64, 4), Tile(128, 64, 8)),
+        *(Tile(128, 128, 8), Tile(256, 128, 8)),
+    ),
+}
+ENOUGH_BLOCKS = 100
 
 
 class Launch(NamedTuple):
@@ -49,14 +78,14 @@ def _by_warp(kernel: str, n_warps: int, *arguments: Any) -> Launch:
 def pack_linear(weight: np.ndarray) -> np.ndarray:
     """weight (n_out, n_in) bf16 -> (ceil(n_out / 16), n_in / 16, 32, 8): what each lane of a warp hands to mma.m16n8k16, in order.
 
-    A lane owns two adjacent features and, of 32 inputs, eight adjacent ones; missing features are zero.
+    A lane owns two adjacent features and, of 16 inputs, two pairs; missing features are zero.
     """
     n_out, n_in = weight.shape
     _multiple("n_in", n_in, DEPTH)
     whole = np.zeros((_ceil(n_out, FEATURES) * FEATURES, n_in), np.uint16)
     whole[:n_out] = weight
-    parts = whole.reshape(-1, 8, 2, n_in // 32, 4, 2, 2, 2)  # tile, g, feature, chunk, q, step, half, pair
-    return np.ascontiguousarray(parts.transpose(0, 3, 5, 1, 4, 6, 2, 7)).reshape(-1, n_in // 16, WARP, 8)
+    parts = whole.reshape(-1, 8, 2, n_in // 16, 2, 4, 2)  # tile, g, feature, step, half, q, pair
+    return np.ascontiguousarray(parts.transpose(0, 3, 1, 5, 4, 2, 6)).reshape(-1, n_in // 16, WARP, 8)
 
 
 def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -64,15 +93,23 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarra
     return np.concatenate([pack_linear(matrix).reshape(-1) for matrix in (gate, up, down)])
 
 
-def row_tiles(most_rows: int) -> int:
-    """The smallest tile that takes a group of so many rows at once, else the largest."""
-    return next((n for n in ROW_TILES if n * 8 >= most_rows), ROW_TILES[-1])
+def _grid(tile: Tile, features: int, n_groups: int, most_rows: int) -> tuple[int, int, int]:
+    return _ceil(most_rows, tile.rows), _ceil(features, tile.features), n_groups
 
 
-def _grouped(kernel: str, features: int, n_groups: int, most_rows: int, tiles: int | None, *arguments: Any) -> Launch:
-    n = tiles or row_tiles(most_rows)
-    grid = (_ceil(most_rows, 8 * n), _ceil(features, BLOCK_WARPS * FEATURES), n_groups)
-    return Launch(f"{kernel}_{n}", grid, (BLOCK_WARPS * WARP, 1, 1), n * 8 * STAGED_ROW_BYTES, arguments)
+def choose_tile(kernel: str, features: int, n_groups: int, most_rows: int) -> Tile:
+    """See TILES."""
+    rows = next((t.rows for t in TILES[kernel] if t.rows >= most_rows), TILES[kernel][-1].rows)
+    first, *others = (t for t in TILES[kernel] if t.rows == rows)
+    large = [t for t in others if math.prod(_grid(t, features, n_groups, most_rows)) >= ENOUGH_BLOCKS]
+    return large[-1] if large else first
+
+
+def grouped(kernel: str, features: int, n_groups: int, most_rows: int, tile: Tile | None, *arguments: Any) -> Launch:
+    """`experts`' and `linear`'s: with arguments as grouped.cu has them."""
+    tile = tile or choose_tile(kernel, features, n_groups, most_rows)
+    grid = _grid(tile, features, n_groups, most_rows)
+    return Launch(f"{kernel}_{tile.suffix}", grid, (tile.warps * WARP, 1, 1), tile.shared_bytes, arguments)
 
 
 def experts(
@@ -83,27 +120,27 @@ def experts(
     most_rows: int,
     hidden_out: Array,
     out: Array,
-    tiles: int | None = None,
+    tiles: tuple[Tile | None, Tile | None] = (None, None),
 ) -> list[Launch]:
     """SwiGLU: x (M, H) bf16, packed (n_experts,) uint64 addresses of `pack_expert`'s, start (n_experts + 1) and slots (row *
     n_active + rank) as token_lists has them, most_rows of any expert; hidden_out (M * n_active, I) bf16 between -> out
-    (M * n_active, H) float32. `tiles` changes speed, not a bit."""
+    (M * n_active, H) float32. `tiles`, of TILES of gate_up and of linear, change speed, not a bit."""
     (m, hidden), (n_slots, intermediate) = x.shape, hidden_out.shape
     _multiple("H", hidden, DEPTH), _multiple("I", intermediate, DEPTH)
     n, offset = len(packed), np.int64(2 * hidden * intermediate // 8)
     first = (x, packed, start, slots, *_i32(hidden, intermediate, n_slots // m), hidden_out)
     second = (hidden_out, packed, offset, start, slots, *_i32(intermediate, hidden), out)
     return [
-        _grouped("gate_up", intermediate, n, most_rows, tiles, *first),
-        _grouped("linear", hidden, n, most_rows, tiles, *second),
+        grouped("gate_up", intermediate, n, most_rows, tiles[0], *first),
+        grouped("linear", hidden, n, most_rows, tiles[1], *second),
     ]
 
 
-def linear(x: Array, packed: Array, ends: Array, out: Array, tiles: int | None = None) -> Launch:
+def linear(x: Array, packed: Array, ends: Array, out: Array, tile: Tile | None = None) -> Launch:
     """x (M, n_in) bf16, packed (1,) uint64 address of `pack_linear`'s, ends (2,) int32: 0 and M -> out (M, n_out) float32."""
     (m, n_in), n_out = x.shape, out.shape[1]
     _multiple("n_in", n_in, DEPTH)
-    return _grouped("linear", n_out, 1, m, tiles, x, packed, np.int64(0), ends, NULL, *_i32(n_in, n_out), out)
+    return grouped("linear", n_out, 1, m, tile, x, packed, np.int64(0), ends, NULL, *_i32(n_in, n_out), out)
 
 
 def combine(x: Array, expert_out: Array, weight: Array, index: Array = None, elsewhere: Array = None) -> Launch:

@@ -14,7 +14,8 @@ from specmoeoff.kernels.cuda.launches import Launch
 
 LIBRARY_NAME = "on_cpu.so"
 FAILURES = {1: "threads wait for ever", 2: "shared memory was overrun", 3: "no such kernel"}
-MOST_SHARED_BYTES, MOST_THREADS = 48 << 10, 1024
+MOST_SHARED_BYTES, MOST_THREADS = 99 << 10, 1024  # as every promised architecture has them
+HOPPERS = "grouped"  # compiled a second time, with wgmma
 FLAGS = (
     "-O1",
     "-std=c++17",
@@ -28,7 +29,7 @@ FLAGS = (
 SOURCE = """#include "host.cuh"
 #include "{folder}/common.cuh"
 {includes}
-uint4 shared_memory[SHARED_BYTES / sizeof(uint4)];
+uint4 __align__(1024) shared_memory[SHARED_BYTES / sizeof(uint4)];
 static const Kernel KERNELS[] = {{
 {entries}
 }};
@@ -54,15 +55,23 @@ class Host:
         self._library = ctypes.CDLL(str(library))
 
     def run(
-        self, launches: Launch | Iterable[Launch], order: int = 0, skip_barrier: int = -1, skip_waits: bool = False
+        self,
+        launches: Launch | Iterable[Launch],
+        order: int = 0,
+        skip_barrier: int = -1,
+        skip_waits: int = 0,
+        wgmma: bool = True,
     ) -> None:
-        """One launch or several in turn. AssertionError where a launch is none that a GPU could run."""
+        """One launch or several in turn. AssertionError where a launch is none that a GPU could run. skip_waits 1: for copies,
+        2: for wgmma's products. wgmma: as on Hopper, else as on older GPUs."""
         for launch in [launches] if isinstance(launches, Launch) else launches:
             values = [np.uint64(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in launch.arguments]
             boxes = [np.array([v]) for v in values]  # a scalar's own bytes
             pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
             three = ctypes.c_int * 3
-            name = launch.kernel.encode()
+            name = (
+                f"hopper_{launch.kernel}" if wgmma and launch.kernel in KERNELS[HOPPERS] else launch.kernel
+            ).encode()
             assert self._library.arguments_of(name) == len(boxes), f"{launch.kernel} takes another number of arguments"
             assert 0 < np.prod(launch.block) <= MOST_THREADS
             assert launch.shared_bytes <= MOST_SHARED_BYTES
@@ -76,11 +85,17 @@ def build(folder: Path) -> Host:
     compiler = shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise MissingCapability("no C++ compiler was found to run CUDA kernels on a CPU; install g++.")
-    includes = "\n".join(f'namespace in_{name} {{\n#include "{FOLDER / f"{name}.cu"}"\n}}' for name in KERNELS)
+    sources = [(f"in_{name}", name, "") for name in KERNELS] + [("on_hopper", HOPPERS, "hopper_")]
+    includes = "\n".join(
+        f'namespace {space} {{\n#include "{FOLDER / f"{name}.cu"}"\n}}' for space, name, prefix in sources if not prefix
+    )
+    renamed = "\n".join(f"#define {k} hopper_{k}" for k in KERNELS[HOPPERS])
+    includes += f'\n#define WGMMA\n{renamed}\nnamespace on_hopper {{\n#include "{FOLDER / f"{HOPPERS}.cu"}"\n}}\n'
+    includes += "\n".join(f"#undef {k}" for k in KERNELS[HOPPERS])
     entries = "\n".join(
-        f'{{"{k}", [](void **a) {{ call(in_{name}::{k}, a); }}, n_arguments(in_{name}::{k})}},'
-        for name, kernels in KERNELS.items()
-        for k in kernels
+        f'{{"{prefix}{k}", [](void **a) {{ call({space}::{prefix}{k}, a); }}, n_arguments({space}::{prefix}{k})}},'
+        for space, name, prefix in sources
+        for k in KERNELS[name]
     )
     source, library = folder / "on_cpu.cpp", folder / LIBRARY_NAME
     source.write_text(SOURCE.format(folder=FOLDER, includes=includes, entries=entries))

@@ -44,7 +44,7 @@ def parameters() -> dict[str, tuple[Parameter | None, ...]]:
     found = {}
     for name in KERNELS:
         source = FOLDER.joinpath(f"{name}.cu").read_text().replace("\\\n", "\n")
-        pattern = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:##n)?\(([^)]*)\)'
+        pattern = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:##\w+)*\(([^)]*)\)'
         for kernel, listed in re.findall(pattern, source):
             arguments = [a.strip() for a in listed.split(",")]
             found[kernel] = tuple(
@@ -56,7 +56,7 @@ def parameters() -> dict[str, tuple[Parameter | None, ...]]:
 def of_kernel(name: str) -> tuple[Parameter | None, ...]:
     """Its parameters; of one that exists in sizes, those of all."""
     known = parameters()
-    return known[name] if name in known else known[name.rstrip("0123456789")]
+    return known[name] if name in known else known[name.rstrip("0123456789x")]
 
 
 class Access(NamedTuple):

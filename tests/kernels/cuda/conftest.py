@@ -25,9 +25,7 @@ class OnGpu:
         except MissingCapability as error:
             pytest.skip(str(error))
 
-    def run(
-        self, launches: Launch | Iterable[Launch], skip_barrier: int = -1, skip_waits: bool = False, **_: Any
-    ) -> None:
+    def run(self, launches: Launch | Iterable[Launch], skip_barrier: int = -1, skip_waits: int = 0, **_: Any) -> None:
         if skip_barrier >= 0 or skip_waits:
             pytest.skip("a GPU leaves nothing out")
         import cupy

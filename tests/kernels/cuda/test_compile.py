@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
-from specmoeoff.kernels.cuda import FOLDER, KERNELS, OPTIONS
+from specmoeoff.kernels.cuda import FOLDER, HOPPER_TARGET, KERNELS, OPTIONS, WITH_WGMMA
 
 PROMISED = (80, 86, 89, 90)
-# Bytes a thread may spill: the widest heads want more registers than there are.
-SPILL_BYTES = {"attend_256": 512}
+# Bytes a thread may spill: the widest heads want more registers than there are, and without wgmma the largest tiles.
+SPILL_BYTES = {"attend_256": 512, "gate_up_128x128": 300, "linear_256x128": 300}
 
 
 class Usage(NamedTuple):
@@ -42,12 +42,12 @@ def newest() -> int:
     return max(known)
 
 
-def compiled(name: str, architecture: int) -> dict[str, Usage]:
+def compiled(name: str, target: str) -> dict[str, Usage]:
     """Usage of each kernel in a source; the compiler's own words where it refuses."""
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     source = (FOLDER / f"{name}.cu").read_text().encode()
     library.nvrtcCreateProgram(ctypes.byref(program), source, f"{name}.cu".encode(), 0, None, None)
-    options = [*OPTIONS, f"-I{FOLDER}", f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v"]
+    options = [*OPTIONS, f"-I{FOLDER}", f"--gpu-architecture={target}", "--ptxas-options=-v"]
     failed = library.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     )
@@ -58,6 +58,7 @@ def compiled(name: str, architecture: int) -> dict[str, Usage]:
     log = text.value.decode()
     assert not failed, log
     assert "warning" not in log, log
+    assert "serialized" not in log, log
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     return {
         kernel: Usage(int(registers), int(stores) + int(loads))
@@ -69,8 +70,10 @@ def compiled(name: str, architecture: int) -> dict[str, Usage]:
 @pytest.mark.parametrize("architecture", [*PROMISED, "newest"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_nvrtc_compiles_every_kernel_and_spills_little(name: str, architecture: int | str) -> None:
-    usage = compiled(name, newest() if architecture == "newest" else int(architecture))
+    target = f"sm_{newest() if architecture == 'newest' else architecture}"
+    wgmma = target == "sm_90" and name in WITH_WGMMA
+    usage = compiled(name, HOPPER_TARGET if wgmma else target)
     assert set(usage) == set(KERNELS[name])
     for kernel, used in usage.items():
         print(f"{kernel} sm_{architecture}: {used.registers} registers, {used.spilled_bytes} bytes spilled")
-        assert used.spilled_bytes <= SPILL_BYTES.get(kernel, 0), kernel
+        assert used.spilled_bytes <= (0 if wgmma else SPILL_BYTES.get(kernel, 0)), kernel

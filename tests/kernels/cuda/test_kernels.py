@@ -1,6 +1,7 @@
 """Every CUDA kernel, run on a CPU (see shim/host.cuh), against the references, and bit for bit against itself."""
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ def addresses(*arrays: np.ndarray) -> np.ndarray:
     return np.array([a.ctypes.data for a in arrays], np.uint64)
 
 
+TILES = list(zip_longest(*launches.TILES.values(), fillvalue=launches.TILES["gate_up"][-1]))
+WAYS = pytest.mark.parametrize("wgmma", [True, False], ids=["wgmma", "mma"])  # a GPU has its own
+
+
 class Experts:
     """Some experts, and rows that go to them very unevenly: to one of them none."""
 
@@ -48,7 +53,7 @@ class Experts:
         self.x, self.intermediate, self.n_active = bf16(rng, m, hidden), intermediate, n_active
         self.index = np.array([rng.permutation(n_experts - 1)[:n_active] for _ in range(m)], np.int32)
 
-    def run(self, host: Host, index: np.ndarray, x: np.ndarray, tiles: int | None = None, **how: Any) -> np.ndarray:
+    def run(self, host: Host, index: np.ndarray, x: np.ndarray, tiles: Any = (None, None), **how: Any) -> np.ndarray:
         start, slots = np.full(len(self.plain) + 1, -1, np.int32), np.full(index.size, -1, np.int32)
         host.run(launches.token_lists(index, start, slots), **how)
         hidden_out = np.full((index.size, self.intermediate), NAN, np.uint16)
@@ -58,10 +63,11 @@ class Experts:
         return out
 
 
+@WAYS
 @pytest.mark.parametrize("m", [1, 7, 33, 90])
-def test_experts_match_float64(host: Host, m: int) -> None:
+def test_experts_match_float64(host: Host, m: int, wgmma: bool) -> None:
     case = Experts(m)
-    out = case.run(host, case.index, case.x)
+    out = case.run(host, case.index, case.x, wgmma=wgmma)
     for slot, expert in enumerate(case.index.reshape(-1)):
         row = slot // case.n_active
         close(
@@ -71,25 +77,49 @@ def test_experts_match_float64(host: Host, m: int) -> None:
         )
 
 
-@pytest.mark.parametrize("tiles", launches.ROW_TILES)
-def test_an_experts_row_does_not_know_its_tile_or_its_neighbours(host: Host, tiles: int) -> None:
-    case = Experts(43)
-    together = case.run(host, case.index, case.x, tiles)
+@WAYS
+@pytest.mark.parametrize("tiles", TILES)
+def test_an_experts_row_does_not_know_its_tile_or_its_neighbours(host: Host, tiles: Any, wgmma: bool) -> None:
+    case, how = Experts(43, hidden=320, intermediate=192), {"wgmma": wgmma}
+    together = case.run(host, case.index, case.x, tiles, **how)
     for row in (0, 20, 42):
-        alone = case.run(host, case.index[row : row + 1], case.x[row : row + 1], 1)
+        alone = case.run(host, case.index[row : row + 1], case.x[row : row + 1], TILES[0], **how)
         assert np.array_equal(together[2 * row : 2 * row + 2], alone)
     order = np.random.default_rng(0).permutation(43)
-    shuffled = case.run(host, np.ascontiguousarray(case.index[order]), np.ascontiguousarray(case.x[order]), tiles)
+    mixed, x = np.ascontiguousarray(case.index[order]), np.ascontiguousarray(case.x[order])
+    shuffled = case.run(host, mixed, x, tiles, **how)
     assert np.array_equal(shuffled.reshape(43, -1), together.reshape(43, -1)[order])
 
 
 @pytest.mark.parametrize(("m", "n_in", "n_out"), [(1, 64, 1), (9, 128, 17), (70, 192, 100), (13, 64, 65)])
-def test_linear_matches_float64_and_the_cpus_layout_free_reference(host: Host, m: int, n_in: int, n_out: int) -> None:
+@WAYS
+def test_linear_matches_float64_and_the_cpus_layout_free_reference(
+    host: Host, m: int, n_in: int, n_out: int, wgmma: bool
+) -> None:
     rng = np.random.default_rng(m)
     x, weight = bf16(rng, m, n_in), bf16(rng, n_out, n_in)
     packed, out = launches.pack_linear(weight), np.full((m, n_out), np.nan, np.float32)
-    host.run(launches.linear(x, addresses(packed), np.array([0, m], np.int32), out))
+    host.run(launches.linear(x, addresses(packed), np.array([0, m], np.int32), out), wgmma=wgmma)
     close(out, reference.linear(x, weight), 2.0**-22 * n_in)
+
+
+@WAYS
+@pytest.mark.parametrize("tile", launches.TILES["linear"])
+def test_groups_of_any_size_are_multiplied_whole(host: Host, tile: launches.Tile, wgmma: bool) -> None:
+    """As `linear` of experts has them: rows of all groups in some order, and of features not a multiple of the tile's."""
+    rng, counts, n_in, n_out = np.random.default_rng(1), [0, 1, 7, 63, 64, 65, 129, 300], 192, 88
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    m = int(start[-1])
+    slots, x = rng.permutation(m).astype(np.int32), bf16(rng, m, n_in)
+    weights = [bf16(rng, n_out, n_in) for _ in counts]
+    packed, out = [launches.pack_linear(w) for w in weights], np.full((m, n_out), np.nan, np.float32)
+    numbers = (np.int32(n_in), np.int32(n_out))
+    arguments = (x, addresses(*packed), np.int64(0), start, slots, *numbers, out)
+    host.run(launches.grouped("linear", n_out, len(counts), max(counts), tile, *arguments), wgmma=wgmma)
+    for group, weight in enumerate(weights):
+        mine = slots[start[group] : start[group + 1]]
+        if len(mine):
+            close(out[mine], reference.linear(x[mine], weight), 2.0**-22 * n_in)
 
 
 def test_combine_adds_in_rank_order(host: Host) -> None:
@@ -418,7 +448,12 @@ def test_probes_do_what_they_are_timed_for(host: Host) -> None:
 
 def _experts(host: Host, how: dict[str, Any]) -> np.ndarray:
     case = Experts(11, hidden=256)
-    return case.run(host, case.index, case.x, **how)
+    tiles = (TILES[0], TILES[-1])
+    return np.stack([case.run(host, case.index, case.x, t, **{"wgmma": False} | how) for t in tiles])
+
+
+def _experts_on_hopper(host: Host, how: dict[str, Any]) -> np.ndarray:
+    return _experts(host, {"wgmma": True} | how)
 
 
 def _lists(host: Host, how: dict[str, Any]) -> np.ndarray:
@@ -436,13 +471,14 @@ def _verify(host: Host, how: dict[str, Any]) -> np.ndarray:
 
 SYNCHRONISED: dict[str, Callable[[Host, dict[str, Any]], np.ndarray]] = {
     "grouped": _experts,
+    "grouped with wgmma": _experts_on_hopper,
     "router": _lists,
     "verify": _verify,
 }
 BARRIERS = [
     (name, number)
-    for name in ("grouped", "router", "append", "attention", "verify", "probes")
-    for number, line in enumerate((FOLDER / f"{name}.cu").read_text().splitlines(), 1)
+    for name in ("grouped", "router", "append", "attention", "verify", "probes", "grouped with wgmma")
+    for number, line in enumerate((FOLDER / f"{name.split()[0]}.cu").read_text().splitlines(), 1)
     if "__syncthreads()" in line
 ]
 
@@ -462,5 +498,10 @@ def test_every_barrier_is_needed_and_missed(host: Host, site: int) -> None:
     assert any(not np.array_equal(run(host, {"order": order, "skip_barrier": site}), right) for order in ORDERS)
 
 
-def test_copies_into_shared_memory_are_waited_for(host: Host) -> None:
-    assert not np.array_equal(_experts(host, {}), _experts(host, {"skip_waits": True}))
+@pytest.mark.parametrize(
+    ("wgmma", "what"), [(False, 1), (True, 1), (True, 2)], ids=["copies", "its-copies", "products"]
+)
+def test_copies_and_products_are_waited_for(host: Host, wgmma: bool, what: int) -> None:
+    right, hasty = (_experts(host, {"wgmma": wgmma, "skip_waits": waits}) for waits in (0, what))
+    for of_tile, in_haste in zip(right, hasty, strict=True):
+        assert not np.array_equal(of_tile, in_haste)

@@ -91,6 +91,9 @@ class Array:
         return self.values.copy()
 
 
+CUBIN = b"machine code"
+
+
 class Event:
     def __init__(self, block: bool = False) -> None:
         assert block
@@ -134,12 +137,43 @@ def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
             host.run(Launch(self.name, grid, block, shared_mem, plain))
 
     class RawModule:
-        def __init__(self, code: str, options: tuple[str, ...]) -> None:
-            assert "__global__" in code
-            assert any(option.startswith("-I") for option in options)
+        def __init__(self, code: str = "", options: tuple[str, ...] = (), path: str = "") -> None:
+            if path:
+                assert Path(path).read_bytes() == CUBIN
+            else:
+                programs.append((code, options))
+                nvrtc.compileProgram(-1, options)
 
         def get_function(self, name: str) -> Function:
             return Function(name)
+
+    programs: list[tuple[str, tuple[str, ...]]] = []
+
+    class nvrtc:
+        NVRTCError = RuntimeError
+
+        @staticmethod
+        def createProgram(code: str, name: str, headers: tuple[str, ...], names: tuple[str, ...]) -> int:
+            assert name.endswith(".cu")
+            assert headers == names == ()
+            programs.append((code, ()))
+            return len(programs) - 1
+
+        @staticmethod
+        def compileProgram(program: int, options: tuple[str, ...]) -> None:
+            code, _ = programs[program]
+            assert "__global__" in code
+            assert any(option.startswith("-I") for option in options)
+            programs[program] = (code, options)
+
+        @staticmethod
+        def getCUBIN(program: int) -> bytes:
+            assert "-arch=sm_90a" in programs[program][1]
+            return CUBIN
+
+        @staticmethod
+        def destroyProgram(program: int) -> None:
+            programs[program] = ("", ())
 
     def memcpy_async(to: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
         assert (kind, stream) == (4, 7)
@@ -156,13 +190,15 @@ def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         Event=Event,
         PinnedMemory=bytearray,
         PinnedMemoryPointer=lambda memory, offset: memory[offset:],
+        Device=lambda: types.SimpleNamespace(compute_capability="90"),
+        nvrtc=nvrtc,
         get_elapsed_time=lambda start, end: 2000.0,
         runtime=types.SimpleNamespace(
             getDeviceCount=lambda: 1, deviceSynchronize=lambda: None, memcpyAsync=memcpy_async
         ),
     )
     monkeypatch.setitem(sys.modules, "cupy", made)
-    monkeypatch.setattr(cuda, "_module", cuda._module.__wrapped__)
+    monkeypatch.setattr(cuda, "_functions", cuda._functions.__wrapped__)
     monkeypatch.setattr(cuda, "function", cuda.function.__wrapped__)
     monkeypatch.setattr("specmoeoff.runtime.gpu.device.function", cuda.function)
     return made

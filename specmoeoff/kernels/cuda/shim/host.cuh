@@ -20,15 +20,19 @@
 #define __device__
 #define __shared__
 #define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
 using std::max;
 using std::min;
 
 struct uint4 { unsigned x, y, z, w; } __attribute__((aligned(16)));
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct float2 { float x, y; } __attribute__((aligned(8)));
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct dim3 { unsigned x, y, z; };
 inline dim3 blockIdx, blockDim, gridDim;
 
 struct Copy { void *to; const void *from; };
+struct Product { float *d; const uint4 *a; unsigned long long b; int tiles; };
 struct Warp { unsigned char words[2][32][32]; long arrived = 0; };
 struct Thread {
     ucontext_t context;
@@ -41,15 +45,17 @@ struct Thread {
     bool started = false, done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
+    std::vector<Product> open_products;
+    std::deque<std::vector<Product>> committed_products;
 };
 inline Thread *current;
 inline jmp_buf scheduler;
 inline long barriers_passed, barrier_arrivals;
-inline int skip_barrier = -1, skip_waits, copies_at_once, clock_ns;
+inline int skip_barrier = -1, skip_waits, at_once, clock_ns;
 #define threadIdx (current->index)
 
-constexpr size_t SHARED_BYTES = 48 << 10;
-extern uint4 shared_memory[];
+constexpr size_t SHARED_BYTES = 99 << 10;
+extern uint4 __align__(1024) shared_memory[];
 
 // To the scheduler; it comes back once the fiber may go on.
 inline void pause()
@@ -93,6 +99,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
+inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __uint_as_float(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 inline unsigned __float_as_uint(float f) { unsigned x; memcpy(&x, &f, 4); return x; }
 
@@ -186,7 +194,7 @@ struct Kernel { const char *name; void (*call)(void **); int n_arguments; };
 inline int run_grid(const Kernel &kernel, const int *grid, const int *block, int shared_bytes, void **arguments, int order)
 {
     std::mt19937 random(order);
-    copies_at_once = order % 2;
+    at_once = order % 2;
     body = {kernel.call, arguments};
     gridDim = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
     blockDim = {(unsigned)block[0], (unsigned)block[1], (unsigned)block[2]};

@@ -32,11 +32,13 @@ def test_the_whole_check_runs_on_a_played_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler here")
-def test_a_window_is_timed_without_the_packages_a_gpu_machine_lacks(tmp_path: Path) -> None:
-    arguments = [str(TOOL), "--rehearse", "--section", "mixtral", "--out", str(tmp_path)]
-    subprocess.run([sys.executable, "-c", WITHOUT + RUN.format(arguments=arguments)], check=True)
-    found = json.loads((tmp_path / "mixtral.json").read_text())
-    assert (found["status"], found["error"]) == ("done", "")
+def test_kernels_are_checked_without_the_packages_a_gpu_machine_lacks_and_plans_say_which(tmp_path: Path) -> None:
+    for section, status in (("kernels", "done"), ("mixtral", "missing")):
+        arguments = [str(TOOL), "--rehearse", "--section", section, "--out", str(tmp_path)]
+        subprocess.run([sys.executable, "-c", WITHOUT + RUN.format(arguments=arguments)], check=True)
+        found = json.loads((tmp_path / f"{section}.json").read_text())
+        assert found["status"] == status
+    assert "pydantic" in found["error"]
 
 
 def test_without_a_gpu_every_section_says_what_is_missing(tmp_path: Path) -> None:

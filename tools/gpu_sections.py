@@ -280,7 +280,7 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
 
     begin = time.perf_counter()
     limits = {"fast": GPU_MEMORY_BYTES, "host": int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))}
-    context, batch, n_windows, lengths = 1024, None, 12, tuple(range(LONGEST + 1))
+    context, batch, n_windows, lengths = 1024, None, 9, tuple(range(LONGEST + 1))
     if setting.rehearsed:
         name, n_layers, context, batch, n_windows, lengths = "tiny", 2, 20, 4, 3, (0, 3)
     limit_memory(setting)
@@ -414,8 +414,8 @@ SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seco
     "profile": (profile, 70),
     "roofs": (roofs, 20),
     "kernels": (kernels, 60),
-    "mixtral": (mixtral, 100),
-    "qwen3": (qwen3, 90),
-    "draft_split": (draft_split, 60),
-    "accelerate": (accelerate, 60),
+    "mixtral": (mixtral, 90),
+    "qwen3": (qwen3, 75),
+    "draft_split": (draft_split, 50),
+    "accelerate": (accelerate, 50),
 }

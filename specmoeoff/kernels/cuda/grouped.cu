@@ -10,8 +10,6 @@ namespace {
 
 constexpr int WARPS = 4, GROUP = WARPS * WARP, FEATURES = 16, DEPTH = 64, STEPS = DEPTH / 16, PIECES = DEPTH / 8, ROW_BYTES = DEPTH * 2;
 constexpr int STAGES = 4;   // chunks of the ring
-constexpr int AHEAD = 4;    // chunks of weights on their way to L2
-constexpr int LINE = 128;   // bytes
 constexpr int MANY = 128;   // rows of tiles that wait for the tensor cores rather than for memory
 
 struct Rows {
@@ -59,13 +57,6 @@ template <int MATRICES> struct Weights {
         for (int m = 0; m < MATRICES; m++)
 #pragma unroll
             for (int s = 0; s < STEPS; s++) to[m][s] = load_once(of[m] + (at * STEPS + s) * WARP);
-    }
-    __device__ void fetch(int chunk) const
-    {
-        constexpr int LINES = STEPS * WARP * 16 / LINE;
-        const int lane = threadIdx.x % WARP, m = lane / LINES;
-        if (chunk < chunks && m < MATRICES)
-            prefetch(of[MATRICES == 1 ? 0 : m] - lane + chunk * STEPS * WARP + lane % LINES * (LINE / 16));
     }
 };
 
@@ -124,7 +115,6 @@ __device__ inline void chunk_of(int chunk, float (&sums)[MATRICES][ROWS / 8][4],
     fence_copies();
 #endif
     if (!OVERLAP) weights.load(other, chunk + 1);
-    weights.fetch(chunk + 1 + AHEAD);
     __syncthreads();  // the chunk is there, and nobody reads the one before the last any more
     if (!OVERLAP) ring.copy(chunk + STAGES - 2);
     products(sums, a, ring.stage(chunk));
@@ -147,8 +137,6 @@ __device__ void multiply(float (&sums)[MATRICES][ROWS / 8][4], const Weights<MAT
             for (int i = 0; i < 4; i++) sums[m][t][i] = 0.f;
 
     weights.load(even, 0);
-#pragma unroll
-    for (int chunk = 1; chunk <= AHEAD; chunk++) weights.fetch(chunk);
 #pragma unroll
     for (int chunk = 0; chunk < STAGES - 2; chunk++) ring.copy(chunk);
     for (int chunk = 0; chunk < chunks; chunk += 2) {
@@ -273,7 +261,6 @@ LINEAR(64, 1, 1, 8)
 LINEAR(64, 1, 1, 16)
 LINEAR(64, 1, 1, 32)
 LINEAR(64, 1, 1, 64)
-LINEAR(128, 2, 1, 64)
 LINEAR(128, 2, 1, 128)
 LINEAR(256, 2, 2, 128)
 

@@ -39,8 +39,7 @@ class Tile(NamedTuple):
 TILES = {
     "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8)),
     "linear": (
-        *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4)),
-        *(Tile(64, 64, 4), Tile(128, 64, 8)),
+        *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4)),
         *(Tile(128, 128, 8), Tile(256, 128, 8)),
     ),
 }

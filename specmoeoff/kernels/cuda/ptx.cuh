@@ -50,9 +50,6 @@ __device__ inline uint4 load_matrices(const void *row)
     return v;
 }
 
-// Into L2: 128 bytes that will soon be loaded.
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA
 

@@ -57,7 +57,6 @@ inline uint4 load_matrices(const void *row)
     return {words[0], words[1], words[2], words[3]};
 }
 
-inline void prefetch(const void *) {}
 inline void fence_copies() {}
 inline void fence_products() {}
 inline void pin(float &) {}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gpu_synthetic import RandomWeights, Synthetic, shape
 
+from specmoeoff.kernels import cpu
 from specmoeoff.kernels.cuda import launches
 from specmoeoff.runtime.gpu.device import CupyDevice, Device
 
@@ -264,6 +265,30 @@ def profile(setting: Setting) -> Rows:
         yield Row(f"link {what}", curve["gb_per_s"], "GB/s")
 
 
+def cpu_attention(setting: Setting) -> Rows:
+    """The CPU's attention as a window has it, by instruction set and tokens a request."""
+    n_requests, context, tokens = (4, 20, (1, 4)) if setting.rehearsed else (256, 1024, (1, 2, 4, 6, 9))
+    kv, n_threads = cpu.KVShape(32, 8, 128, 128), len(os.sched_getaffinity(0))
+    per_request = -(-(context + max(tokens)) // cpu.PAGE_TOKENS)
+    weights = RandomWeights(shape("tiny", 2))
+    pages = cpu.aligned_empty((n_requests * per_request + 1) * kv.page_bytes).reshape(-1, kv.page_bytes)
+    weights.fill(pages.view(np.uint16).reshape(-1))
+    order = np.random.default_rng(1).permutation(n_requests * per_request).astype(np.int32)
+    table = 1 + order.reshape(n_requests, per_request)
+    for isa, n in product((i for i in cpu.supported_isas() if i in ("amxbf16", "avx512bf16")), tokens):
+        kernels = cpu.Kernels(n_threads, isa=isa)
+        batch = cpu.Batch(np.arange(n_requests + 1, dtype=np.int32) * n, np.full(n_requests, context, np.int32), table)
+        query = np.empty((n_requests * n, kv.n_heads * kv.key_dim), np.uint16)
+        weights.fill(query.reshape(-1))
+        out, times = np.empty_like(query), []
+        for _ in range(8):
+            begin = time.perf_counter()
+            kernels.verify_attention(kv, batch, pages, query, out)
+            times.append(time.perf_counter() - begin)
+        note = f"{n_requests} requests of {context} tokens, 32 heads on 8, of 128; {n_threads} threads"
+        yield Row(f"{isa}, {n} tokens a request", median(times[1:]), "s", note)
+
+
 def mixtral(setting: Setting) -> Rows:
     """Four of Mixtral-8x7B's layers."""
     yield from windows(setting, "mixtral-8x7b", 4)
@@ -414,6 +439,7 @@ SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seco
     "profile": (profile, 70),
     "roofs": (roofs, 20),
     "kernels": (kernels, 60),
+    "cpu_attention": (cpu_attention, 15),
     "mixtral": (mixtral, 90),
     "qwen3": (qwen3, 75),
     "draft_split": (draft_split, 50),

@@ -80,7 +80,7 @@ class Tuned:
         """The tuned choice of a table, or of k = 0."""
         tuner = self.tuners[label]
         priced = tuner.with_filled(tuner.everything)
-        return tuner.best(priced, tuner._lengths(priced.choices) == 0 if plain else None)
+        return tuner.best(priced, tuner.lengths(priced.choices) == 0 if plain else None)
 
     def refit(self, observed: list[Observed]) -> None:
         """All tuners plan with what was measured."""

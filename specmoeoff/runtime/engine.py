@@ -274,7 +274,7 @@ class Engine:
             mean_context=float(np.mean(contexts)),
             disk_bytes=self.store.bytes_planned - bytes_before,
             busy_s={**busy_s, "disk": self.store.busy_s - busy_before},
-            phases_s={**phases_s, "wait": end_s - trace.start_s - max(busy_s.values())},
+            phases_s={**phases_s, "wait": max(0.0, end_s - trace.start_s - max(busy_s.values()))},
             experts_used=self._executor.experts_used,
         )
 

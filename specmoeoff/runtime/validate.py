@@ -17,6 +17,7 @@ from specmoeoff.pipeline import Node
 from specmoeoff.roofline.profile import machine
 from specmoeoff.roofline.recalibrate import Recalibrator, typical
 from specmoeoff.roofline.timing import paired_ratios
+from specmoeoff.runtime.checks import check, lossless
 from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.gpu.validate import GpuValidator
 from specmoeoff.runtime.loading import Opened
@@ -88,13 +89,6 @@ def validate_plan(
     return Validator(plan, opened, profile, workload, requests, options).run()
 
 
-def tuned_part(plan: Plan) -> PlainPlan:
-    """The tuned settings in the shape of the plain ones."""
-    return PlainPlan(
-        decode=plan.decode, experts=plan.experts, threads=plan.threads, memory=plan.memory, predicted=plan.predicted
-    )
-
-
 class Validator:
     """One validation; `record` tells all."""
 
@@ -112,7 +106,7 @@ class Validator:
         self.plan, self.target, self.draft = plan, opened.target, opened.draft
         self.profile, self.workload = profile, workload
         self.requests, self.options = [replace(r, sampling=GREEDY) for r in requests], options
-        self.tuned, self.plain = tuned_part(plan), plan.plain
+        self.tuned, self.plain = plan.tuned, plan.plain
         self.spec = self.target.spec
         self.draft_spec = self.draft.spec if self.draft else None
         self.limit = plan.limits.disk_limit_gb_per_s
@@ -165,7 +159,7 @@ class Validator:
     # ---- the questions ----------------------------------------------------------------------------------------------
 
     def _check(self, name: str, passed: bool, detail: str, cause: str) -> None:
-        self.checks.append(Check(name=name, passed=passed, detail=detail, cause="" if passed else cause))
+        self.checks.append(check(name, passed, detail, cause))
 
     def _experts_intact(self) -> bool:
         damaged = self.target.damaged_experts(lambda what, i, n: self.options.progress(what, i / n))
@@ -340,19 +334,9 @@ class Validator:
         return PlanExperts.all_resident(self.spec)
 
     def _compare_outputs(self, plain: dict[str, list[int]], tuned: dict[str, list[int]]) -> None:
-        different = [i for i in plain if plain[i] != tuned.get(i)]
-        self.lossless = not different
-        n_tokens = sum(map(len, plain.values()))
-        cause = ""
-        if different:
-            first = different[0]
-            at = next((i for i, (a, b) in enumerate(zip(plain[first], tuned[first], strict=False)) if a != b), 0)
-            cause = (
-                f"{len(different)} requests differ from plain decoding, {first!r} first, at token {at}: verification "
-                "accepts tokens the target did not choose"
-            )
-        detail = f"{len(plain) - len(different)} of {len(plain)} requests, {n_tokens} tokens equal to plain decoding"
-        self._check("lossless", not different, detail, cause)
+        answer = lossless(plain, tuned)
+        self.lossless = answer.passed
+        self.checks.append(answer)
 
     def _forecast(self, part: PlainPlan, blocks: list[Block], limit: float | None, recalibrated: bool) -> Forecast:
         """Of the blocks' windows, at the profile's speeds or at those measured around the blocks."""

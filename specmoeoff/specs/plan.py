@@ -186,6 +186,12 @@ class Plan(FileSpec):
     outlook: Outlook | None = None
     measured: tuple[MeasuredTrial, ...] = ()
 
+    @property
+    def tuned(self) -> "PlainPlan":
+        """The tuned settings in the shape of the plain ones."""
+        names = ("decode", "experts", "threads", "memory", "predicted", "gpu")
+        return PlainPlan(**{name: getattr(self, name) for name in names})
+
 
 class PlainPlan(Spec):
     """Plain decoding, itself tuned, under the plan's limits."""

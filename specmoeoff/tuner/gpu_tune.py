@@ -192,9 +192,9 @@ class GpuTuner:
         """What surrounds the chosen point."""
         r = self.request
         used = float(
-            self.estimator.used(
-                best.batch, self._lengths(best) + 1.0, *(np.array([n]) for n in (0, r.model.n_experts))
-            )[0]
+            self.estimator.used(best.batch, self.lengths(best) + 1.0, *(np.array([n]) for n in (0, r.model.n_experts)))[
+                0
+            ]
         )
         flat = dict(FLAT)
         if used >= FLAT_SHARE * r.model.n_experts:
@@ -216,12 +216,13 @@ class GpuTuner:
             assumptions=tuple(assumptions),
         )
 
-    def _lengths(self, choices: Choices) -> np.ndarray:
+    def lengths(self, choices: Choices) -> np.ndarray:
+        """Draft lengths."""
         return self.problem.of_draft(choices, "length")
 
     def _length_table(self, best: Choices) -> tuple[LengthAt, ...]:
         """Over shares of the reserved context and of the planned requests, among lengths whose rows memory was planned for."""
-        batch, rows = float(best.batch[0]), float(best.batch[0] * (self._lengths(best)[0] + 1))
+        batch, rows = float(best.batch[0]), float(best.batch[0] * (self.lengths(best)[0] + 1))
         table = []
         for context in (0.25, 0.5, 0.75, 1.0):
             for live in dict.fromkeys(max(1, int(batch * share)) for share in (0.125, 0.25, 0.5, 1.0)):
@@ -242,7 +243,7 @@ class GpuTuner:
         s_per_token = priced.choices.batch / priced.tokens_per_s
         order = np.lexsort((s_per_token, -priced.tokens_per_s))
         front = order[np.flatnonzero(np.diff(np.minimum.accumulate(s_per_token[order]), prepend=np.inf) < 0)]
-        lengths = self._lengths(priced.choices)
+        lengths = self.lengths(priced.choices)
         return tuple(
             ParetoPoint(
                 tokens_per_s=float(priced.tokens_per_s[i]),
@@ -278,7 +279,7 @@ class GpuTuner:
         if not len(priced.choices):
             raise self.nothing_fits()
         priced = self.with_filled(priced)
-        lengths = self._lengths(priced.choices)
+        lengths = self.lengths(priced.choices)
         best, plainly = self.best(priced), self.best(priced, lengths == 0)
         if r.measure is not None and r.measure_top:
             trials: Trials[Candidate] = Trials(lambda c: self._written(c.one, plainly, priced), r.measure)
@@ -299,7 +300,7 @@ class GpuTuner:
         self, best: Choices, plainly: Choices, priced: Priced, measured: tuple[MeasuredTrial, ...] = ()
     ) -> Plan:
         """The plan of a choice, beside the best of plain decoding."""
-        r, lengths = self.request, self._lengths(priced.choices)
+        r, lengths = self.request, self.lengths(priced.choices)
         chosen, plain = self.part(best), self.part(plainly)
         curve = []
         for length in map(int, np.unique(lengths)):

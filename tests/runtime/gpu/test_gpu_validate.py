@@ -44,11 +44,11 @@ def request_of(mixtral_for_gpu: Path) -> TuneRequest:
         )
 
 
-def validated(plan: Plan, request: TuneRequest, device: Device) -> RunRecord:
+def validated(plan: Plan, request: TuneRequest, device: Device, draft: CheckpointWeights | None = None) -> RunRecord:
     prompts = [[3, 9, 27, 81, 3, 9], [5, 6, 7, 5, 6, 7, 5], [11, 12, 11, 12], [40, 41, 42, 40]]
     requests = [Request(str(i), tuple(p), 14) for i, p in enumerate(prompts)]
     with CheckpointWeights(plan.model.source) as weights:
-        opened = Opened(weights, None, None)  # type: ignore[arg-type]
+        opened = Opened(weights, draft, None)  # type: ignore[arg-type]
         return GpuValidator(plan, opened, request.profile, request.workload, requests, device=device).run()
 
 
@@ -62,7 +62,8 @@ def test_output_and_memory_hold_and_what_was_measured_refits_the_prices(
     passed = {check.name: check.passed for check in record.checks}
     assert passed["lossless"]
     assert passed["GPU memory"]
-    assert {"prediction: tuned window", "prediction: plain window"} <= set(passed)
+    assert {"prediction: tuned window", "prediction: plain window", "tuned is faster"} <= set(passed)
+    assert "tuned over plain" in {c.name for c in record.comparisons}
     assert {"pre_attention", "experts"} <= {n.kind for n in record.nodes}
     assert any(row.name == "experts" for row in report(record).rows)
     for window in record.windows:
@@ -74,6 +75,20 @@ def test_output_and_memory_hold_and_what_was_measured_refits_the_prices(
         at = scales[node.kind].n_tokens.index(node.draft_length + 1.0)
         assert scales[node.kind].factor[at] == pytest.approx(node.measured_s / node.predicted_s)
     assert tune(replace(request_of, scales=scales)).predicted.window_s != plan.predicted.window_s
+
+
+def test_a_plan_with_a_dense_draft_is_validated(
+    request_of: TuneRequest, llama_for_gpu: Path, make_device: Callable[[int], Device]
+) -> None:
+    often = Acceptance(conditional=(0.95,) * 2, n_rounds=0, provenance="said")
+    behaviour = request_of.workload.model_copy(update={"acceptance": {"model": often}})
+    with CheckpointWeights(llama_for_gpu) as draft:
+        asked = replace(request_of, workload=behaviour, draft=draft.spec, draft_source=str(llama_for_gpu))
+        plan = tune(asked)
+        assert plan.decode.drafter == "model"
+        record = validated(plan, asked, make_device(0), draft)
+    assert record.lossless
+    assert {n.draft_length for n in record.nodes} == {0, plan.decode.draft_length}
 
 
 def test_a_verification_that_accepts_everything_is_found(

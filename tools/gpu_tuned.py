@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -15,7 +15,6 @@ from specmoeoff.estimate.gpu_choices import Choices, make_problem
 from specmoeoff.estimate.gpu_memory import tiers, total
 from specmoeoff.estimate.gpu_refit import Observed, refit
 from specmoeoff.estimate.gpu_window import GpuEstimator
-from specmoeoff.estimate.lanes import steady_window_s
 from specmoeoff.estimate.speculation import expected_tokens
 from specmoeoff.profiles import find
 from specmoeoff.runtime.gpu.device import Device
@@ -145,12 +144,6 @@ def measure(synthetic: Synthetic, k: int, n: int) -> Measured:
     return Measured(seconds, [runs.seconds_by_kind(of) for of in nodes], enqueued)
 
 
-def period_s(synthetic: Synthetic, kinds: Mapping[str, float]) -> float:
-    """Of steady windows whose nodes take so long."""
-    prices = {kind: np.array([s]) for kind, s in kinds.items()}
-    return float(steady_window_s(synthetic.runs.shape, synthetic.spec.n_layers, prices)[0])
-
-
 def told(choice: Choices, k: int) -> str:
     """A choice in words."""
     where = f"{int(choice.resident[0])} experts of a layer resident, {int(choice.on_host[0])} on the CPU"
@@ -179,10 +172,10 @@ def rows_of(
             before = found.get(k, Measured([], [], []))
             found[k] = Measured(*(old + new for old, new in zip(before, more, strict=True)))
     observed = [
-        Observed(tuned.at(choice, k), float(tuned.context), kinds)
+        Observed(tuned.at(choice, k), float(tuned.context), kinds, seconds)
         for k in FITTED
         if k in found
-        for kinds in found[k].kinds
+        for kinds, seconds in zip(found[k].kinds, found[k].seconds, strict=True)
     ]
     by_roofs = {k: tuned.predicted_s(choice, k) for k in found}
     tuned.refit(observed)
@@ -194,7 +187,8 @@ def rows_of(
             "s",
             f"median of {len(measured.seconds)}, {min(measured.seconds):.4f} to {max(measured.seconds):.4f}",
         )
-        ratios = [s / period_s(synthetic, of) for s, of in zip(measured.seconds, measured.kinds, strict=True)]
+        at = tuned.at(choice, k)
+        ratios = [s / tuned.estimator.period_s(at, of) for s, of in zip(measured.seconds, measured.kinds, strict=True)]
         yield f"k = {k}: window over the period of its measured nodes", median(ratios), "x"
         yield (
             f"k = {k}: enqueuing it",

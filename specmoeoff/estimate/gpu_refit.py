@@ -1,7 +1,7 @@
 """Prices of a GPU machine's nodes moved to what windows of it measured: by kind, over the tokens a request brings."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
@@ -17,18 +17,19 @@ from specmoeoff.specs.record import RunRecord
 
 
 class Observed(NamedTuple):
-    """Windows of one choice at a context: seconds of a node by kind."""
+    """A window of one choice at a context: seconds of a node by kind, and of the whole where it was one of many in a row."""
 
     choice: Choices
     context_tokens: float
     seconds: Mapping[str, float]
+    window_s: float | None = None
 
 
 Ratios = Iterable[tuple[str, float, float]]  # kind of node, tokens a request brings, measured over predicted seconds
 
 
-def refit(estimator: GpuEstimator, observed: Iterable[Observed]) -> GpuEstimator:
-    """The estimator with every kind that was seen at what it took."""
+def refit(estimator: GpuEstimator, observed: Sequence[Observed]) -> GpuEstimator:
+    """The estimator with every kind that was seen at what it took, and windows longer than their nodes' period as they were."""
     bare = replace(estimator, rates=replace(estimator.rates, scales={}))
 
     def ratios() -> Iterator[tuple[str, float, float]]:
@@ -39,7 +40,10 @@ def refit(estimator: GpuEstimator, observed: Iterable[Observed]) -> GpuEstimator
                 if kind in prices and seconds > 0 and prices[kind][0] > 0:
                     yield kind, n_tokens, seconds / float(prices[kind][0])
 
-    return replace(estimator, rates=replace(estimator.rates, scales={**estimator.rates.scales, **_scales(ratios())}))
+    longer = [one.window_s / bare.period_s(one.choice, one.seconds) for one in observed if one.window_s is not None]
+    hand_over = median(longer) if longer else estimator.rates.hand_over
+    scales = {**estimator.rates.scales, **_scales(ratios())}
+    return replace(estimator, rates=replace(estimator.rates, scales=scales, hand_over=hand_over))
 
 
 def recorded_scales(profile: HardwareProfile, record: RunRecord) -> dict[str, Scale]:

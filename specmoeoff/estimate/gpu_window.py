@@ -5,6 +5,7 @@ a multiply-add). A layer stands for the mean of all: a first dense block, shared
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,13 @@ class GpuEstimator:
         for shape, index in self._by_shape(choices):
             here = {kind: seconds[index] for kind, seconds in prices.items()}
             out[index] = steady_window_s(shape, self.problem.spec.n_layers, here)
-        return out
+        return self.rates.hand_over * out
+
+    def period_s(self, choice: Choices, seconds: Mapping[str, float]) -> float:
+        """Of one choice's steady windows whose nodes take so long by kind and start at once."""
+        ((shape, _),) = self._by_shape(choice)
+        prices = {kind: np.array([s]) for kind, s in seconds.items()}
+        return float(steady_window_s(shape, self.problem.spec.n_layers, prices)[0])
 
     def _by_shape(self, choices: Choices) -> list[tuple[GpuWindow, Array]]:
         """The graphs' shapes, each with the choices that have it."""

@@ -52,7 +52,8 @@ class Scale(NamedTuple):
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s and bytes/s. `scales`: of node kinds that windows of this machine and model measured (gpu_refit.py)."""
+    """FLOP/s and bytes/s. `scales`: of node kinds that windows of this machine and model measured; `hand_over`: those windows'
+    time over the period of their own nodes, for starts and waits belong to none (gpu_refit.py)."""
 
     gpu_flops: float
     gpu_bytes: float
@@ -62,6 +63,7 @@ class Rates:
     h2d_bytes: float
     d2h_bytes: float
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    hand_over: float = 1.0
 
     @property
     def dram_bytes_beside_link(self) -> float:

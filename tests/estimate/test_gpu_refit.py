@@ -55,3 +55,17 @@ def test_refitting_again_does_not_compound(estimator: GpuEstimator) -> None:
     seen = [Observed(choice(1), 500.0, {"load": 1.0})]
     once = refit(estimator, seen)
     assert refit(once, seen).prices(choice(1))["load"][0] == once.prices(choice(1))["load"][0]
+
+
+def test_windows_longer_than_their_nodes_lengthen_every_prediction(estimator: GpuEstimator) -> None:
+    """Starts and waits belong to no node: what they cost is learned from windows of some lengths and holds for the others."""
+    context = np.array([1000.0])
+
+    def window(draft: int) -> Observed:
+        prices = {kind: float(s[0]) for kind, s in estimator.prices(choice(draft), context).items()}
+        return Observed(choice(draft), 1000.0, prices, 1.07 * float(estimator.window_s(choice(draft), context)[0]))
+
+    fitted = refit(estimator, [window(draft) for draft in (0, 2, 5)])
+    for draft in range(6):
+        ratio = fitted.window_s(choice(draft), context) / estimator.window_s(choice(draft), context)
+        assert ratio[0] == pytest.approx(1.07)

@@ -25,7 +25,10 @@ FOLDER = files(__package__)
 OPTIONS = ("--std=c++17", "--fmad=false")  # and FOLDER on the include path
 WITH_WGMMA = ("grouped",)
 HOPPER, HOPPER_TARGET = "90", "sm_90a"  # wgmma is of this target only, which CuPy does not compile for
-MOST_RING_BYTES = max(tile.shared_bytes for tiles in TILES.values() for tile in tiles)
+# Blocks that share their weights do so on Hopper only: elsewhere the memory for it is not asked for.
+MOST_SHARED_BYTES, MOST_ALONE_BYTES = (
+    max(tile.shared_bytes for tiles in TILES.values() for tile in tiles if tile.blocks <= blocks) for blocks in (2, 1)
+)
 
 
 @functools.cache
@@ -37,7 +40,7 @@ def _functions(source: str) -> dict[str, Any]:
             "the CUDA kernels need CuPy, which is not installed; `pip install 'specmoeoff[cuda12]'` (or cuda13) adds it."
         ) from None
     code, options = FOLDER.joinpath(f"{source}.cu").read_text(), (*OPTIONS, f"-I{FOLDER}")
-    if source in WITH_WGMMA and cupy.cuda.Device().compute_capability == HOPPER:
+    if source in WITH_WGMMA and _is_hopper():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{source}.cubin")
             path.write_bytes(_compiled(cupy.cuda.nvrtc, code, (*options, "-ftz=true", f"-arch={HOPPER_TARGET}")))
@@ -45,6 +48,13 @@ def _functions(source: str) -> dict[str, Any]:
             return {kernel: module.get_function(kernel) for kernel in KERNELS[source]}
     module = cupy.RawModule(code=code, options=options)
     return {kernel: module.get_function(kernel) for kernel in KERNELS[source]}
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    import cupy
+
+    return bool(cupy.cuda.Device().compute_capability == HOPPER)
 
 
 def _compiled(nvrtc: Any, code: str, options: tuple[str, ...]) -> bytes:
@@ -65,10 +75,12 @@ def function(kernel: str) -> Any:
     source = next(source for source, kernels in KERNELS.items() if kernel in kernels)
     made = _functions(source)[kernel]
     if source == "grouped":
-        made.max_dynamic_shared_size_bytes = MOST_RING_BYTES
+        made.max_dynamic_shared_size_bytes = MOST_SHARED_BYTES if _is_hopper() else MOST_ALONE_BYTES
     return made
 
 
 def enqueue(launch: Launch) -> None:
     """On CuPy's current stream; the launch's arrays are CuPy's."""
-    function(launch.kernel)(launch.grid, launch.block, launch.arguments, shared_mem=launch.shared_bytes)
+    kernel = function(launch.kernel)
+    shared_bytes = min(launch.shared_bytes, kernel.max_dynamic_shared_size_bytes)
+    kernel(launch.grid, launch.block, launch.arguments, shared_mem=shared_bytes)

@@ -15,15 +15,17 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 WARP, FEATURES, DEPTH, RANGE_TOKENS = 32, 16, 64, 512  # as in the .cu files
 BLOCK_WARPS = 4
 STAGES = 4
+SHARED_WEIGHTS_BYTES = 4 * (2 * DEPTH * FEATURES * 2 + 16)  # of a warp's ring and its barriers
 NULL = np.uint64(0)
 
 
 class Tile(NamedTuple):
-    """What a block of grouped.cu takes at once, by so many warps."""
+    """What a block of grouped.cu takes at once, by so many warps, or so many blocks of a cluster: those share the weights' bytes."""
 
     features: int
     rows: int
     warps: int
+    blocks: int = 1
 
     @property
     def suffix(self) -> str:
@@ -31,19 +33,19 @@ class Tile(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return STAGES * self.rows * DEPTH * 2
+        return STAGES * self.rows // self.blocks * DEPTH * 2 + (self.blocks > 1) * self.warps * SHARED_WEIGHTS_BYTES
 
 
-# As grouped.cu has them: those of the fewest rows that take a group whole, else of the most; of these the last whose grid has
-# ENOUGH_BLOCKS, else the first.
+# As grouped.cu has them: those of the fewest rows that take a group whole, else of MANY_ROWS and more; of these the last whose
+# grid has ENOUGH_BLOCKS, else the first.
 TILES = {
-    "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8)),
+    "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8), Tile(128, 256, 8, 2)),
     "linear": (
         *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4)),
-        *(Tile(128, 128, 8), Tile(256, 128, 8)),
+        *(Tile(128, 128, 8), Tile(256, 128, 8), Tile(256, 256, 8, 2)),
     ),
 }
-ENOUGH_BLOCKS = 100
+ENOUGH_BLOCKS, MANY_ROWS = 100, 128
 
 
 class Launch(NamedTuple):
@@ -93,13 +95,16 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarra
 
 
 def _grid(tile: Tile, features: int, n_groups: int, most_rows: int) -> tuple[int, int, int]:
-    return _ceil(most_rows, tile.rows), _ceil(features, tile.features), n_groups
+    return _ceil(most_rows, tile.rows) * tile.blocks, _ceil(features, tile.features), n_groups
 
 
 def choose_tile(kernel: str, features: int, n_groups: int, most_rows: int) -> Tile:
     """See TILES."""
-    rows = next((t.rows for t in TILES[kernel] if t.rows >= most_rows), TILES[kernel][-1].rows)
-    first, *others = (t for t in TILES[kernel] if t.rows == rows)
+    if most_rows > MANY_ROWS:
+        first, *others = (t for t in TILES[kernel] if t.rows >= MANY_ROWS)
+    else:
+        rows = next(t.rows for t in TILES[kernel] if t.rows >= most_rows)
+        first, *others = (t for t in TILES[kernel] if t.rows == rows)
     large = [t for t in others if math.prod(_grid(t, features, n_groups, most_rows)) >= ENOUGH_BLOCKS]
     return large[-1] if large else first
 

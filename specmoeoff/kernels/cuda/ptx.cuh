@@ -52,6 +52,56 @@ __device__ inline uint4 load_matrices(const void *row)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA
+#define CLUSTERS
+
+// Barriers of a block's shared memory, by their addresses there: one phase is over after `arrivals` and all bytes expected.
+__device__ inline void begin_barrier(unsigned barrier, unsigned arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// All threads of a cluster's blocks.
+__device__ inline void meet_cluster() { asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory"); }
+
+// An arrival, and bytes that must come besides.
+__device__ inline void expect_bytes(unsigned barrier, unsigned bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// At the barrier of this place in both blocks of a cluster of two.
+__device__ inline void arrive_at_both(unsigned barrier)
+{
+#pragma unroll
+    for (unsigned block = 0; block < 2; block++)
+        asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                     "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+                     "r"(block)
+                     : "memory");
+}
+
+// Until the phase of that parity is over.
+__device__ inline void wait_barrier(unsigned barrier, unsigned parity)
+{
+    unsigned over;
+    do
+        asm volatile("{\n\t.reg .pred over;\n\tmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
+                     "selp.u32 %0, 1, 0, over;\n\t}"
+                     : "=r"(over)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    while (!over);
+}
+
+// From global memory to the same place in both blocks of a cluster of two, and their bytes to both barriers.
+__device__ inline void copy_to_both(unsigned shared, const void *global, unsigned bytes, unsigned barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier), "h"((unsigned short)3)
+                 : "memory");
+}
 
 // This thread's writes to shared memory, copies that were waited for included, before what wgmma reads after the next barrier.
 __device__ inline void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -28,6 +28,15 @@ ROWS = {
 FMA_ROUNDS, FMA_CHAINS, FMA_BLOCK = 4096, 8, 256
 
 
+class TorchStream(NamedTuple):
+    """torch's stream as CuPy takes it: its own speaks the protocol only in torch's later versions."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
 class Work(NamedTuple):
     """Something to repeat: FLOPs or bytes of one call, and seconds of one call out of n in a row by the GPU's clock."""
 
@@ -143,7 +152,7 @@ class TorchDevice:
         import cupy
 
         out = cupy.zeros(1, cupy.float32)
-        stream = cupy.cuda.ExternalStream(self._torch.cuda.current_stream().cuda_stream)
+        stream = cupy.cuda.Stream.from_external(TorchStream(self._torch.cuda.current_stream().cuda_stream))
         n_blocks = 8 * self._facts.multi_processor_count
 
         def call() -> None:

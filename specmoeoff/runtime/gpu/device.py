@@ -1,6 +1,9 @@
 """What the lanes need of a GPU: streams, events, memory, copies, kernels, and functions of the host in a stream's order."""
 
-from collections.abc import Callable, Sequence
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +16,29 @@ Stream = Any
 Event = Any
 NO_GPU = "no CUDA GPU answers here ({reason}); run on a machine with one, its driver and `pip install 'specmoeoff[cuda12]'` (or cuda13)."
 WHICHEVER_WAY = 4  # cudaMemcpyDefault
+
+
+class _Collection:
+    """How many callers hold off the garbage collector."""
+
+    lock, holders, was_enabled = threading.Lock(), 0, False
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """The driver's threads may call none of CUDA's functions, not even to free what some garbage owned: no collection begins there."""
+    with _Collection.lock:
+        if _Collection.holders == 0:
+            _Collection.was_enabled = gc.isenabled()
+            gc.disable()
+        _Collection.holders += 1
+    try:
+        yield
+    finally:
+        with _Collection.lock:
+            _Collection.holders -= 1
+            if _Collection.holders == 0 and _Collection.was_enabled:
+                gc.enable()
 
 
 class Device(Protocol):
@@ -161,7 +187,8 @@ class CupyDevice:
         def guarded(_: object) -> None:
             try:
                 if self._failure is None:
-                    call()
+                    with no_collection():
+                        call()
             except BaseException as error:  # nobody would see it on the driver's thread
                 self._failure = error
 

@@ -13,7 +13,9 @@ from specmoeoff.kernels.cuda import FOLDER, HOPPER_TARGET, KERNELS, OPTIONS, WIT
 
 PROMISED = (80, 86, 89, 90)
 # Bytes a thread may spill: the widest heads want more registers than there are, and without wgmma the largest tiles.
-SPILL_BYTES = {"attend_256": 512, "gate_up_128x128": 300, "linear_256x128": 300}
+SPILL_BYTES = {"attend_256": 512} | dict.fromkeys(
+    ("gate_up_128x128", "gate_up_128x256", "linear_256x128", "linear_256x256"), 300
+)
 
 
 class Usage(NamedTuple):

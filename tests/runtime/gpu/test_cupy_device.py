@@ -1,5 +1,6 @@
 """CupyDevice with a stand-in for CuPy (see conftest.py)."""
 
+import gc
 import types
 
 import pytest
@@ -19,6 +20,15 @@ def test_what_a_host_function_raises_is_raised_where_it_is_waited_for(cupy: type
     with pytest.raises(ZeroDivisionError, match="kernel"):
         device.synchronize(device.record(stream))
     assert device.seconds(device.record(stream), device.record(stream)) == 2.0
+
+
+def test_no_garbage_is_collected_where_cuda_may_not_be_called(cupy: types.ModuleType) -> None:
+    device, seen = CupyDevice(), []
+    stream = device.stream()
+    device.host(stream, lambda: seen.append(gc.isenabled()), [], [])
+    device.synchronize(device.record(stream))
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_a_driver_that_fails_is_told_in_its_words(cupy: types.ModuleType) -> None:

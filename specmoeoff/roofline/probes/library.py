@@ -8,8 +8,8 @@ from specmoeoff.kernels.cpu import allowed_cpus
 from specmoeoff.roofline.timing import measurement, sample
 from specmoeoff.specs.profile import Roof
 
-SIZE = 1024
-SECONDS = 0.25
+SIZE, SMALL = 1024, 256  # a product's, and where the library has no fast way, which takes seconds for the large one
+SECONDS, SLOW_FLOPS = 0.25, 10e9
 
 
 def gemm_peaks(thread_counts: list[int]) -> tuple[list[Roof], dict[str, str]]:
@@ -22,11 +22,14 @@ def gemm_peaks(thread_counts: list[int]) -> tuple[list[Roof], dict[str, str]]:
     result, before = [], torch.get_num_threads()
     for name, dtype in (("fp32_gemm", torch.float32), ("bf16_gemm", torch.bfloat16)):
         a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+        few = min(sample(lambda x=a[:SMALL, :SMALL], y=b[:SMALL, :SMALL]: x @ y, 0.0, 2))  # type: ignore[misc]
+        size = SIZE if 2 * SMALL**3 / few > SLOW_FLOPS else SMALL
+        a, b = (matrix[:size, :size].contiguous() for matrix in (a, b))
         for n_threads in thread_counts:
             torch.set_num_threads(n_threads)
             with _on_the_first_cpu(), torch.inference_mode():
                 seconds = sample(lambda x=a, y=b: x @ y, SECONDS, 10)  # type: ignore[misc]
-            rate = measurement([2e-9 * SIZE**3 / s for s in seconds], "GFLOP/s", "max", f"torch {torch.__version__}")
+            rate = measurement([2e-9 * size**3 / s for s in seconds], "GFLOP/s", "max", f"torch {torch.__version__}")
             result.append(Roof(name=name, n_threads=n_threads, rate=rate))
     torch.set_num_threads(before)
     return result, {}

@@ -24,6 +24,7 @@ from specmoeoff.runtime.gpu.device import CupyDevice, Device
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
+EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPU_MEMORY_BYTES = 24 * GIB
 PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "numpy", "transformers", "accelerate", "pydantic", "pytest")
 
@@ -217,7 +218,7 @@ def kernels(setting: Setting) -> Rows:
             torch.randn(n_experts, *size, device=setting.torch_device).to(torch.bfloat16)
             for size in ((hidden, 2 * intermediate), (intermediate, hidden))
         ]
-        for tokens in (1, 4) if setting.rehearsed else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        for tokens in (1, 4) if setting.rehearsed else EXPERT_TOKENS:
             m = tokens * n_experts
             x, out = device.empty((m, hidden), np.uint16), device.empty((m, hidden), np.float32)
             between = device.empty((m, intermediate), np.uint16)

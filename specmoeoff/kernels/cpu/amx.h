@@ -16,12 +16,16 @@ int smo_has_amx_bf16(void);
 __attribute__((target("amx-tile"))) static inline void amx_configure(void)
 {
     if (smo_tiles_configured) return;
-    struct {
+    /* Constant: GCC 12's intrinsic tells the compiler of its first eight bytes only, and what is stored to others just before is lost. */
+    static const struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } config __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = AMX_ROWS;
+    } config __attribute__((aligned(64))) = {
+        .palette = 1,
+        .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+        .rows = {AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS},
+    };
     _tile_loadconfig(&config);
     smo_tiles_configured = 1;
 }

@@ -39,7 +39,14 @@ class Tile(NamedTuple):
 # As grouped.cu has them: those of the fewest rows that take a group whole, else of MANY_ROWS and more; of these the last whose
 # grid has ENOUGH_BLOCKS, else the first.
 TILES = {
-    "gate_up": (Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8), Tile(128, 256, 8, 2)),
+    "gate_up": (
+        Tile(64, 8, 4),
+        Tile(64, 16, 4),
+        Tile(64, 32, 4),
+        Tile(64, 64, 4),
+        Tile(128, 128, 8),
+        Tile(128, 256, 8, 2),
+    ),
     "linear": (
         *(Tile(64, 8, 4), Tile(64, 16, 4), Tile(64, 32, 4), Tile(64, 64, 4)),
         *(Tile(128, 128, 8), Tile(256, 128, 8), Tile(256, 256, 8, 2)),

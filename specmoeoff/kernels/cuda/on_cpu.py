@@ -74,7 +74,9 @@ class Host:
             ).encode()
             assert self._library.arguments_of(name) == len(boxes), f"{launch.kernel} takes another number of arguments"
             assert 0 < np.prod(launch.block) <= MOST_THREADS
-            shared_bytes = min(launch.shared_bytes, MOST_ALONE_BYTES) if launch.kernel in KERNELS[HOPPERS] else launch.shared_bytes
+            shared_bytes = (
+                min(launch.shared_bytes, MOST_ALONE_BYTES) if launch.kernel in KERNELS[HOPPERS] else launch.shared_bytes
+            )
             assert shared_bytes <= MOST_SHARED_BYTES
             shape = (three(*launch.grid), three(*launch.block), shared_bytes)
             failed = self._library.launch(name, *shape, pointers, order, skip_barrier, skip_waits)

@@ -44,7 +44,9 @@ def parameters() -> dict[str, tuple[Parameter | None, ...]]:
     found = {}
     for name in KERNELS:
         source = FOLDER.joinpath(f"{name}.cu").read_text().replace("\\\n", "\n")
-        pattern = r'extern "C" __global__ void\s+(?:cluster\s+)?(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:##\w+)*\(([^)]*)\)'
+        pattern = (
+            r'extern "C" __global__ void\s+(?:cluster\s+)?(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:##\w+)*\(([^)]*)\)'
+        )
         for kernel, listed in re.findall(pattern, source):
             arguments = [a.strip() for a in listed.split(",")]
             found[kernel] = tuple(

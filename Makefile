@@ -26,17 +26,18 @@ SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_
 sanitize: $(VENV)/developing
 	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
 	cmake --build build/sanitized --parallel
-	$(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
+	SPECMOEOFF_EXAMPLES=8 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
 	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
 
 # One script per claim; each prints a table and writes one CSV.
 bench: $(VENV)/developing
 	for script in bench/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
-# The long runs: every kernel property with many more random cases, and a million sets of arguments.
+# The long runs: every kernel property with many more random cases, a million sets of arguments, and what takes minutes.
 soak: $(VENV)/developing
 	$(BIN)/python tests/kernels/soak.py --cases 1000000
 	SPECMOEOFF_EXAMPLES=3000 $(BIN)/pytest tests/kernels tests/estimate --timeout 7200
+	SPECMOEOFF_LONG_RUNS=1 $(BIN)/pytest -m long --timeout 7200
 
 # On a machine with a GPU, under nine minutes; with PYTHON's own torch, CuPy and NumPy, so that nothing is installed.
 gpu-check:

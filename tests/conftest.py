@@ -1,5 +1,7 @@
 """A made-up machine shaped like the demo's, for tests that plan without measuring."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,16 @@ from specmoeoff.specs.profile import DiskLink, HardwareProfile, Machine, Measure
 from specmoeoff.specs.record import RunRecord
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
 from specmoeoff.tuner.tune import TuneRequest, tune
+
+LONG_RUNS = "SPECMOEOFF_LONG_RUNS"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes, and what others show at less length, is for `make soak`."""
+    if not os.environ.get(LONG_RUNS):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason=f"long: set {LONG_RUNS}"))
 
 
 def _measured(value: float, unit: str = "GB/s") -> Measurement:

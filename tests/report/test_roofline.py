@@ -115,9 +115,9 @@ def test_what_lies_outside_the_frame_is_told(shipped: HardwareProfile, plan: Pla
     assert "Outside the frame, in the table: disk cap 1e-05 GB/s." in slow(1e-5).caption
 
 
-def test_fifty_levels_find_room(shipped: HardwareProfile, roof: Callable[..., Roof]) -> None:
+def test_thirty_levels_find_room(shipped: HardwareProfile, roof: Callable[..., Roof]) -> None:
     rng = np.random.default_rng(0)
-    many = tuple(roof(f"level{i}_read", float(10 ** rng.uniform(0, 3))) for i in range(50))
+    many = tuple(roof(f"level{i}_read", float(10 ** rng.uniform(0, 3))) for i in range(30))
     drawn = Drawn(svg_text(roofline(shipped.model_copy(update={"memory": many}), None, None, None)))
     assert len(drawn.texts("label-roof-")) == len(ceilings(shipped.model_copy(update={"memory": many})))
     for (_, (a0, a1, a2, a3)), (_, (b0, b1, b2, b3)) in combinations(drawn.boxes().items(), 2):

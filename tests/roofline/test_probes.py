@@ -31,6 +31,7 @@ def test_the_disk_is_read_past_the_page_cache(tmp_path: Path) -> None:
     assert disk_bytes_read() - before > 16 << 20
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_machine_without_direct_reads_has_no_disk_link_and_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,6 +64,14 @@ def test_libraries_that_are_not_installed_are_left_out(monkeypatch: pytest.Monke
     assert list(profiles._versions()) == ["numpy"]
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what the tests do not look at: caches, and the library's products."""
+    monkeypatch.setattr(profiles, "gemm_peaks", lambda counts: ([], {}))
+    monkeypatch.setattr(profiles.cpu_probes.Memory, "measure_caches", lambda self: None)
+
+
+@pytest.mark.usefixtures("quickly")
 def test_a_contended_machine_is_marked_and_strictly_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECMOEOFF_CACHE", str(tmp_path))
     monkeypatch.setattr(disk, "TEST_BYTES", 32 << 20)
@@ -77,6 +86,7 @@ def test_a_contended_machine_is_marked_and_strictly_refused(monkeypatch: pytest.
     assert all(reason for name, reason in found.waived.items() if name.startswith("gpu_"))
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_disk_that_fails_in_the_middle_is_waived_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -33,8 +33,7 @@ from specmoeoff.specs.plan import (
 )
 
 N_REQUESTS, N_TOKENS = 8, 150
-LONG_RUNS = "SPECMOEOFF_LONG_RUNS"  # 10,000 requests: minutes
-LONG = bool(os.environ.get(LONG_RUNS))
+LONG = bool(os.environ.get("SPECMOEOFF_LONG_RUNS"))
 SLOW_GB_PER_S = "0.01"  # two hundred experts a second
 
 
@@ -355,9 +354,7 @@ def small_requests(n: int, path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "n", [300, pytest.param(10_000, marks=pytest.mark.skipif(not LONG, reason=f"set {LONG_RUNS}"))]
-)
+@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(3600)
 def test_killed_twenty_times_every_request_is_answered_once_and_as_if_it_had_not_been(
     job: list[str], tmp_path: Path, n: int
@@ -386,7 +383,7 @@ def test_killed_twenty_times_every_request_is_answered_once_and_as_if_it_had_not
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_is_flat_over_the_second_half(job: list[str], tmp_path: Path) -> None:
-    n = 10_000 if LONG else 2000
+    n = 10_000 if LONG else 1000
     small_requests(n, tmp_path / "in.jsonl")
     plan, rss_bytes = Plan.load(job[1]), []
 

@@ -44,6 +44,7 @@ def test_what_is_held_while_observing_lies_in_layers_with_experts(save_model: Ca
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_with_a_dense_first_layer_goes_from_profile_to_validation(
     speaking_latent_model: Path, tmp_path: Path
 ) -> None:

@@ -325,7 +325,8 @@ def test_a_reader_too_slow_loses_its_answer_and_holds_nobody_up(
 
 
 @pytest.mark.slow
-def test_five_hundred_clients_of_all_manners_leave_nothing_behind(served: Served) -> None:
+@pytest.mark.parametrize("n_clients", [150, pytest.param(500, marks=pytest.mark.long)])
+def test_clients_of_all_manners_leave_nothing_behind(served: Served, n_clients: int) -> None:
     client = served.client()
     outcomes: Counter[str] = Counter()
 
@@ -356,7 +357,7 @@ def test_five_hundred_clients_of_all_manners_leave_nothing_behind(served: Served
             outcomes[f"{manner}: {error!r} of {error.__cause__!r}"] += 1
 
     def storm() -> None:
-        threads = [threading.Thread(target=behave, args=(i,)) for i in range(500)]
+        threads = [threading.Thread(target=behave, args=(i,)) for i in range(n_clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -369,9 +370,8 @@ def test_five_hundred_clients_of_all_manners_leave_nothing_behind(served: Served
     for _ in range(3):
         storm()
         sizes.append(served.size()[1])
-    assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS) == 1500, (
-        outcomes
-    )
+    assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS)
+    assert outcomes.total() == 3 * n_clients, outcomes
     assert sizes[2] < 1.08 * sizes[0]
     deadline = time.monotonic() + 2 * KEEP_ALIVE_S
     while served.size()[0] > n_files and time.monotonic() < deadline:  # idle connections are closed

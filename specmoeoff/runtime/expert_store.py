@@ -222,8 +222,9 @@ class ExpertStore:
         with self._change:
             self._lane.closed = True
             self._change.notify_all()
-        for reader in self._readers:
-            reader.join()
+            # Ctrl-C may come between a lock's taking and its block, and leave it held: waiting gives it up all the same.
+            while any(reader.is_alive() for reader in self._readers):
+                self._change.wait(0.01)
         os.close(self._descriptor)
 
     def _push(self, load: Load) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from specmoeoff.kernels import cpu
-from specmoeoff.kernels.cpu.probes import Move, Peak
+from specmoeoff.kernels.cpu.probes import Move, Peak, is_supported
 from specmoeoff.roofline.timing import seconds_of
 
 READ_BYTES = 192 << 20  # over four times the L3; what is measured walks through as much
@@ -15,13 +15,14 @@ PEAK_ROUNDS = 20000
 
 
 class Roof:
-    """What the machine can do at this moment: bytes read per second, operations of one kind per second."""
+    """What the machine can do at this moment: bytes read per second, operations of one kind per second, or where it has none of
+    that kind, of fp32."""
 
     def __init__(self, n_threads: int, peak: str) -> None:
         buffer = cpu.aligned_empty(READ_BYTES, huge_pages=True)
         buffer[:] = 0x3E
         self._reads = [Move(kind, n_threads, buffer) for kind in ("read", "read_ahead")]
-        self._peak = Peak(peak, n_threads)
+        self._peak = Peak(peak if is_supported(peak) else "fp32_fma", n_threads)
 
     def rates(self) -> tuple[float, float]:
         """(bytes/s, operations/s)."""

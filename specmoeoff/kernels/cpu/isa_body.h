@@ -55,18 +55,24 @@ typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
     }
 
 #if SMALL_TILES
-/* Registers for 3 rows of 16 columns at most. */
+/* Registers for the sums of four rows of 16 columns, or one of 64: with fewer at once each sum would wait for itself. */
 #define TILES(F, BYTES)                                                                                                       \
-    TILE(F, 1, 1) TILE(F, 2, 1) TILE(F, 3, 1)                                                                                 \
+    TILE(F, 1, 1) TILE(F, 1, 2) TILE(F, 1, 3) TILE(F, 1, 4) TILE(F, 2, 1) TILE(F, 3, 1) TILE(F, 4, 1)                         \
     static void tile_##F(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t stride) \
     {                                                                                                                         \
-        static const tile_fn tiles[4] = {0, tile_##F##_1_1, tile_##F##_2_1, tile_##F##_3_1};                                  \
+        static const tile_fn one_row[5] = {0, tile_##F##_1_1, tile_##F##_1_2, tile_##F##_1_3, tile_##F##_1_4};                \
+        static const tile_fn narrow_tiles[5] = {0, tile_##F##_1_1, tile_##F##_2_1, tile_##F##_3_1, tile_##F##_4_1};           \
+        if (rows == 1) {                                                                                                      \
+            one_row[vectors](x, part, accumulate, out, stride);                                                               \
+            return;                                                                                                           \
+        }                                                                                                                     \
+        const int passes = (rows + 3) / 4, most = (rows + passes - 1) / passes; /* 5 rows are 3 + 2 */                        \
         for (int j = 0; j < vectors; j++) {                                                                                   \
             part_t narrow = part;                                                                                             \
             narrow.w += j * BYTES;                                                                                            \
             narrow.fetch += j * BYTES;                                                                                        \
-            for (int r = 0; r < rows; r += 3)                                                                                 \
-                tiles[rows - r < 3 ? rows - r : 3](x + r, narrow, accumulate, out + r * stride + j * LANES, stride);          \
+            for (int r = 0; r < rows; r += most)                                                                              \
+                narrow_tiles[rows - r < most ? rows - r : most](x + r, narrow, accumulate, out + r * stride + j * LANES, stride); \
         }                                                                                                                     \
     }
 #else

@@ -79,8 +79,12 @@ def function(kernel: str) -> Any:
     return made
 
 
+def shared_bytes(launch: Launch, hopper: bool) -> int:
+    """What a launch asks for, without the memory for shared weights where blocks cannot share them."""
+    alone = launch.kernel in KERNELS["grouped"] and not hopper
+    return min(launch.shared_bytes, MOST_ALONE_BYTES) if alone else launch.shared_bytes
+
+
 def enqueue(launch: Launch) -> None:
     """On CuPy's current stream; the launch's arrays are CuPy's."""
-    kernel = function(launch.kernel)
-    shared_bytes = min(launch.shared_bytes, kernel.max_dynamic_shared_size_bytes)
-    kernel(launch.grid, launch.block, launch.arguments, shared_mem=shared_bytes)
+    function(launch.kernel)(launch.grid, launch.block, launch.arguments, shared_mem=shared_bytes(launch, _is_hopper()))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from specmoeoff.errors import MissingCapability
-from specmoeoff.kernels.cuda import FOLDER, KERNELS, MOST_ALONE_BYTES
+from specmoeoff.kernels.cuda import FOLDER, KERNELS, shared_bytes
 from specmoeoff.kernels.cuda.launches import Launch
 
 LIBRARY_NAME = "on_cpu.so"
@@ -74,11 +74,9 @@ class Host:
             ).encode()
             assert self._library.arguments_of(name) == len(boxes), f"{launch.kernel} takes another number of arguments"
             assert 0 < np.prod(launch.block) <= MOST_THREADS
-            shared_bytes = (
-                min(launch.shared_bytes, MOST_ALONE_BYTES) if launch.kernel in KERNELS[HOPPERS] else launch.shared_bytes
-            )
-            assert shared_bytes <= MOST_SHARED_BYTES
-            shape = (three(*launch.grid), three(*launch.block), shared_bytes)
+            n_bytes = shared_bytes(launch, hopper=False)
+            assert n_bytes <= MOST_SHARED_BYTES
+            shape = (three(*launch.grid), three(*launch.block), n_bytes)
             failed = self._library.launch(name, *shape, pointers, order, skip_barrier, skip_waits)
             assert not failed, f"{launch.kernel}: {FAILURES[failed]}"
 

@@ -126,7 +126,7 @@ class Stream:
 @pytest.fixture
 def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     class Function:
-        num_regs, max_dynamic_shared_size_bytes = 1, 48 << 10
+        num_regs = 1
 
         def __init__(self, name: str) -> None:
             self.name = name

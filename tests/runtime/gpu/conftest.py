@@ -198,6 +198,7 @@ def cupy(host: Host, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         ),
     )
     monkeypatch.setitem(sys.modules, "cupy", made)
+    monkeypatch.setattr(cuda, "_is_hopper", cuda._is_hopper.__wrapped__)
     monkeypatch.setattr(cuda, "_functions", cuda._functions.__wrapped__)
     monkeypatch.setattr(cuda, "function", cuda.function.__wrapped__)
     monkeypatch.setattr("specmoeoff.runtime.gpu.device.function", cuda.function)

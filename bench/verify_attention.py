@@ -1,8 +1,8 @@
 """Verification attention: our kernel beside the roof of the moment, and torch's at its best in the same process.
 
-KV is larger than four times the L3, in pages of random order, and is walked through in full. The roof of a sample is the
-larger of bytes over the DRAM rate and FLOPs over the bf16 peak; the rate is sampled just before and just after it, and
-samples whose two rates differ by more than 5 % are dropped. Writes bench/verify_attention.csv.
+KV is larger than four times the L3, in pages of random order, and is walked through in full. Ours is the whole of a layer's work:
+the new tokens' keys and values are appended to the pages first. The roof of a sample is the larger of bytes over the DRAM rate and
+FLOPs over the bf16 peak, both sampled just before and just after it. Writes bench/verify_attention.csv as it goes on.
 """
 
 import argparse
@@ -14,19 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from _roofs import Roof, take_turns
 
 from specmoeoff.kernels import cpu
-from specmoeoff.kernels.cpu.probes import Move, Peak
 from specmoeoff.roofline.profile import machine
-from specmoeoff.roofline.timing import paired_ratios, seconds_of
+from specmoeoff.roofline.timing import paired_ratios
 
 HEADS = ((32, 8), (32, 4), (9, 3), (16, 16))
 DIMS = (64, 128)
 CONTEXTS = (512, 2048, 16384)
 TOKENS = (1, 2, 3, 5, 8, 16)
-KV_BYTES, READ_BYTES = 192 << 20, 192 << 20
-WANTED, MOST, PEER_SAMPLES = 15, 60, 4
-DRIFT = 0.05
+KV_BYTES = 192 << 20
 
 
 class Case(NamedTuple):
@@ -57,22 +55,8 @@ class Case(NamedTuple):
         return self.n * self.n_heads // self.n_kv_heads
 
 
-class Roof:
-    """Seconds that bytes and FLOPs take at the rates of this moment."""
-
-    def __init__(self, n_threads: int) -> None:
-        buffer = cpu.aligned_empty(READ_BYTES, huge_pages=True)
-        buffer[:] = 0x3E
-        self._reads = [Move(kind, n_threads, buffer) for kind in ("read", "read_ahead")]
-        peak = Peak("bf16_dot", n_threads)
-        self.flops_per_s = max(ops / timed.seconds for ops, timed in (peak.run(20000) for _ in range(20)))
-
-    def bytes_per_s(self) -> float:
-        return max(read.n_bytes / read.run().seconds for read in self._reads)
-
-
 def ours(case: Case, n_threads: int, rng: np.random.Generator) -> Callable[[], None]:
-    """Our kernel over paged KV, pages in random order."""
+    """Our kernels over paged KV, pages in random order."""
     heads, dim, n = case.n_kv_heads, case.dim, case.n
     pages = -(-case.context // cpu.PAGE_TOKENS)
     shape = cpu.KVShape(case.n_heads, heads, dim, dim)
@@ -88,8 +72,14 @@ def ours(case: Case, n_threads: int, rng: np.random.Generator) -> Callable[[], N
         np.uint32
     )
     query, out = (query >> 16).astype(np.uint16), np.zeros(query.shape, np.uint16)
+    keys, values = (rng.standard_normal((case.n_requests * n, heads * dim)).astype(np.float32) for _ in range(2))
     kernels = cpu.Kernels(n_threads)
-    return lambda: kernels.verify_attention(shape, batch, kv, query, out)
+
+    def layer() -> None:
+        kernels.append_kv(shape, batch, kv, keys, values)
+        kernels.verify_attention(shape, batch, kv, query, out)
+
+    return layer
 
 
 def peers(case: Case, n_threads: int) -> dict[str, Callable[[], object]]:
@@ -116,35 +106,14 @@ def peers(case: Case, n_threads: int) -> dict[str, Callable[[], object]]:
 
 
 def measure(case: Case, roof: Roof, n_threads: int, with_peers: bool) -> dict[str, object]:
-    """Paired samples until enough were taken on a steady machine."""
-    run = ours(case, n_threads, np.random.default_rng(0))
+    """One row of the table."""
     rivals = peers(case, n_threads) if with_peers else {}
-    run()
-    mine: list[float] = []
-    limits: list[float] = []
-    rates: list[float] = []
-    others: dict[str, list[float]] = {name: [] for name in rivals}
-    before = roof.bytes_per_s()
-    for _ in range(MOST):
-        seconds = seconds_of(run)
-        after = roof.bytes_per_s()
-        if abs(after / before - 1) <= DRIFT:
-            rate = (before + after) / 2
-            rates.append(rate)
-            mine.append(seconds)
-            limits.append(max(case.kv_bytes / rate, case.flops / roof.flops_per_s))
-        before = after
-        if len(mine) == WANTED:
-            break
-    for name, rival in rivals.items():
-        for _ in range(PEER_SAMPLES):
-            others[name].append(seconds_of(rival))
-    if len(mine) < WANTED:
-        print(f"only {len(mine)} of {MOST} samples had a steady roof")
-    share, low, high, _ = paired_ratios(limits, mine)
-    rate, seconds = float(np.median(rates)), float(np.median(mine))
-    ridge = roof.flops_per_s / rate
-    best = min((float(np.median(t[1:])) for t in others.values()), default=float("nan"))  # the first warms up
+    found = take_turns(ours(case, n_threads, np.random.default_rng(0)), rivals, roof, case.kv_bytes, case.flops)
+    share, low, high, _ = paired_ratios(found.roof, found.ours)
+    rate, flops_per_s = np.median(found.rates, axis=0)
+    ridge = flops_per_s / rate
+    name, best = found.best_peer()
+    seconds, roof_s = float(np.median(found.ours)), float(np.median(found.roof))
     return {
         "heads": f"{case.n_heads}/{case.n_kv_heads}",
         "dim": case.dim,
@@ -158,9 +127,11 @@ def measure(case: Case, roof: Roof, n_threads: int, with_peers: bool) -> dict[st
         "low": round(low, 3),
         "high": round(high, 3),
         "dram_gb_per_s": round(rate / 1e9, 1),
-        "best_peer": min(others, key=lambda name: float(np.median(others[name][1:])), default=""),
+        "gflop_per_s": round(flops_per_s / 1e9),
+        "best_peer": name,
         "best_peer_over_ours": round(best / seconds, 2),
-        "pairs": len(mine),
+        "wanted_of_peer": round(min(3, 0.75 * best / roof_s), 2),
+        "pairs": len(found.ours),
         "cpu": machine().cpu,
         "threads": n_threads,
     }
@@ -178,14 +149,14 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     n_threads = len(os.sched_getaffinity(0))
-    roof = Roof(n_threads)
-    print(f"{machine().cpu}, {n_threads} threads, bf16 peak {roof.flops_per_s / 1e9:.0f} GFLOP/s")
+    roof = Roof(n_threads, "bf16_dot")
+    print(f"{machine().cpu}, {n_threads} threads")
     rows = []
     for case in cases(options.quick):
         rows.append(measure(case, roof, n_threads, not options.no_peers))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    if not options.quick:
-        pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
+        if not options.quick:
+            pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__":

@@ -306,9 +306,9 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
 
     begin = time.perf_counter()
     limits = {"fast": GPU_MEMORY_BYTES, "host": int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))}
-    context, batch, n_windows, lengths = 1024, None, 9, tuple(range(LONGEST + 1))
+    context, batch, n_windows, turns, lengths = 1024, None, 3, 9, tuple(range(LONGEST + 1))
     if setting.rehearsed:
-        name, n_layers, context, batch, n_windows, lengths = "tiny", 2, 20, 4, 3, (0, 3)
+        name, n_layers, context, batch, n_windows, turns, lengths = "tiny", 2, 20, 4, 1, 1, (0, 3)
     limit_memory(setting)
     machine = setting.profile if setting.profile.exists() else ROOT / "specmoeoff/profiles/machines/h100.json"
     yield Row(
@@ -321,6 +321,7 @@ def windows(setting: Setting, name: str, n_layers: int) -> Rows:
         setting.device,
         tuned,
         n_windows,
+        turns,
         lengths,
         lambda: setting.device.memory_bytes / GIB,
         begin,
@@ -437,12 +438,12 @@ SECTIONS: dict[str, tuple[Callable[[Setting], Rows], float]] = {  # and its seco
     "exactness": (exactness, 25),
     "tests": (tests, 50),
     "link": (link, 15),
-    "profile": (profile, 70),
+    "profile": (profile, 65),
     "roofs": (roofs, 20),
-    "kernels": (kernels, 60),
+    "kernels": (kernels, 45),
     "cpu_attention": (cpu_attention, 15),
-    "mixtral": (mixtral, 90),
-    "qwen3": (qwen3, 75),
+    "mixtral": (mixtral, 100),
+    "qwen3": (qwen3, 85),
     "draft_split": (draft_split, 50),
     "accelerate": (accelerate, 50),
 }

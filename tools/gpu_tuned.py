@@ -27,8 +27,7 @@ from specmoeoff.tuner.tune import TuneRequest
 LONGEST = 8
 EAGLE = (0.67, 0.62, 0.61, 0.64, 0.63, 0.63, 0.63, 0.63)  # beyond the fifth the fifth's, which nobody measured
 ACCEPTANCE = {"EAGLE on Mixtral": EAGLE, "0.8 everywhere": (0.8,) * LONGEST}
-ROUNDS = 3  # through all lengths, so that what drifts meets all of them
-FITTED = (0, 3, 8)  # draft lengths that prices are refitted to; the others are predicted
+FITTED = (0, 1, 3, 5, 8)  # draft lengths that prices are refitted to; the others are predicted
 
 
 class Measured(NamedTuple):
@@ -131,10 +130,9 @@ def tiny() -> ModelSpec:
 
 
 def measure(synthetic: Synthetic, k: int, n: int) -> Measured:
-    """n windows after two that fill the lanes."""
+    """n windows after one that fills the lanes."""
     runs, seconds, nodes, enqueued = synthetic.runs, [], [], []
-    for _ in range(2):
-        synthetic.window(k)
+    synthetic.window(k)
     for _ in range(n):
         begin = time.perf_counter()
         synthetic.window(k)
@@ -152,9 +150,16 @@ def told(choice: Choices, k: int) -> str:
 
 
 def rows_of(
-    device: Device, tuned: Tuned, n_windows: int, lengths: tuple[int, ...], peak_gib: Any, begin: float, budget_s: float
+    device: Device,
+    tuned: Tuned,
+    n_windows: int,
+    turns: int,
+    lengths: tuple[int, ...],
+    peak_gib: Any,
+    begin: float,
+    budget_s: float,
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows as gpu_sections has them."""
+    """Rows as gpu_sections has them. Turns through all lengths, so that what drifts meets all of them, while there is time."""
     whole = f"{tuned.few.n_layers} of {tuned.spec.n_layers} layers, random weights, {tuned.context} tokens of context"
     label = next(iter(ACCEPTANCE))
     choice = tuned.best(label, plain=False)
@@ -163,14 +168,14 @@ def rows_of(
     yield "peak GPU memory over planned", peak_gib() / tuned.planned_gib(choice), "x", "without the plan's margin"
     yield "peak GPU memory", peak_gib(), "GiB"
     found: dict[int, Measured] = {}
-    for turn in range(ROUNDS):
-        for k in sorted(lengths, key=lambda k: k not in FITTED):
-            if time.perf_counter() - begin > 0.6 * budget_s:
-                yield f"k = {k}, turn {turn + 1} of {ROUNDS}", None, "", "not measured: the section's time was up"
-                continue
-            more = measure(synthetic, k, n_windows // ROUNDS)
+    yield "seconds until the first window", time.perf_counter() - begin, "s"
+    for _ in range(turns):
+        for k in lengths:
+            more = measure(synthetic, k, n_windows)
             before = found.get(k, Measured([], [], []))
             found[k] = Measured(*(old + new for old, new in zip(before, more, strict=True)))
+        if time.perf_counter() - begin > 0.6 * budget_s:
+            break
     observed = [
         Observed(tuned.at(choice, k), float(tuned.context), kinds, seconds)
         for k in FITTED
@@ -197,7 +202,7 @@ def rows_of(
             "of the host's time, beside what it enqueued before",
         )
         yield f"k = {k}: predicted from roofs, over measured", by_roofs[k] / window_s, "x"
-        note = "fitted to it" if k in FITTED else "fitted to k = 0, 3, 8"
+        note = "fitted to it" if k in FITTED else f"fitted to k = {', '.join(map(str, FITTED))}"
         yield f"k = {k}: predicted after refitting, over measured", tuned.predicted_s(choice, k) / window_s, "x", note
         for kind, seconds in kinds.items():
             if seconds > 0:
@@ -219,7 +224,7 @@ def rows_of(
                 if kept[0] != placement(choice):
                     kept = ((), None)  # its memory first
                     kept = (placement(choice), tuned.synthetic(device, choice))
-                windows[same] = median(measure(kept[1], k, n_windows).seconds)
+                windows[same] = median(measure(kept[1], k, 3 * n_windows).seconds)
             window_s = windows[same]
             rates[label, plain] = expected_tokens(table, k) * float(choice.batch[0]) / window_s
             yield what, told(choice, k)

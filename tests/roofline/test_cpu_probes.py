@@ -58,13 +58,15 @@ def busy(n: int, seconds: float) -> Iterator[None]:
             one.result()
 
 
+@pytest.mark.alone
 def test_a_busy_machine_is_noticed_and_its_peak_found_all_the_same() -> None:
     tally = Tally()
-    alone = best("fp32_fma")
+    before = best("fp32_fma")
     with busy(2 * len(os.sched_getaffinity(0)), 3.0):
         roofs, _ = cpu.peaks([1], tally)
     beside = next(r.rate.value for r in roofs if r.name == "fp32_fma")
-    assert beside == pytest.approx(alone, rel=0.03)
+    # The clock itself moves by more than that from one minute to another.
+    assert min(abs(beside / alone - 1) for alone in (before, best("fp32_fma"))) < 0.03
     assert tally.waited_share > cpu.CONTENDED_SHARE
 
 

@@ -11,7 +11,7 @@ router has spoken, with probability 1. Both go through the same Builder, so node
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 NodeKind = Literal[
     # on every machine
@@ -44,8 +44,7 @@ class ExpertUse:
     probability: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A piece of work on one lane. `deps` are node indices that must end first."""
 
     index: int
@@ -120,28 +119,28 @@ class Builder:
 
     def experts(self, layer: int, uses: Iterable[ExpertUse]) -> list[Node]:
         """Loads and computations of a layer: residents in one node, every streamed expert in a node of its own."""
-        uses = tuple(uses)
-        added = []
-        resident = tuple(u for u in uses if u.source == "resident")
-        if resident:
-            rows = sum(u.rows * u.probability for u in resident)
-            name = f"resident experts {layer}"
-            added.append(self._add("experts", name, layer, self._routers, experts=resident, rows=rows))
-        for use in sorted((u for u in uses if u.source != "resident"), key=lambda u: u.source == "demand"):
-            position = len(self.graph.nodes)
+        by_source: dict[str, list[ExpertUse]] = {"resident": [], "prefetch": [], "demand": []}
+        for use in uses:
+            by_source[use.source].append(use)
+        added, routers = [], self._routers
+        if resident := by_source["resident"]:
+            rows = sum([u.rows * u.probability for u in resident])
+            added.append(
+                self._add("experts", f"resident experts {layer}", layer, routers, experts=tuple(resident), rows=rows)
+            )
+        for use in (*by_source["prefetch"], *by_source["demand"]):
             load = self._add(
                 "load",
                 f"load {layer}.{use.expert}",
                 layer,
-                self._routers if use.source == "demand" else (),
+                routers if use.source == "demand" else (),
                 "disk",
                 experts=(use,),
-                user=position + 1,
-                routed_by=self._routers,
+                user=len(self.graph.nodes) + 1,
+                routed_by=routers,
             )
             name = f"expert {layer}.{use.expert}"
-            rows = use.rows * use.probability
-            deps = (*self._routers, load.index)
+            rows, deps = use.rows * use.probability, (*routers, load.index)
             added += [load, self._add("expert", name, layer, deps, experts=(use,), rows=rows)]
         self._last = tuple(n.index for n in added if n.lane == "cpu") or self._routers
         return added

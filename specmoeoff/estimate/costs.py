@@ -89,9 +89,12 @@ class Prices:
         self._memo: dict[tuple[object, ...], float] = {}
 
     def seconds(self, graph: Graph) -> list[float]:
-        """Of every node; a load's is that of the whole expert."""
-        streams = any(node.kind == "load" for node in graph.nodes)
-        return [self._load_s if node.lane == "disk" else self._price(node, streams) for node in graph.nodes]
+        """Of every node, all windows being equal; a load's is that of the whole expert."""
+        window = graph.nodes[: graph.ends[0] + 1]
+        streams = any(node.kind == "load" for node in window)
+        return [self._load_s if node.lane == "disk" else self._price(node, streams) for node in window] * len(
+            graph.ends
+        )
 
     def compute_floor(self, graph: Graph) -> tuple[float, float]:
         """Seconds of drafting, and of everything on the compute lane, whatever is resident and whatever runs beside."""
@@ -99,7 +102,7 @@ class Prices:
         return sum(s for kind, s in lane if kind == "draft"), sum(s for _, s in lane)
 
     def _price(self, node: Node, streams: bool) -> float:
-        uses = tuple((u.rows, u.probability) for u in node.experts)
+        uses = tuple([(u.rows, u.probability) for u in node.experts])
         key = (
             streams,
             node.kind,

@@ -1,11 +1,12 @@
 """Runs a priced graph on its lanes: who waits for whom, and how long a window takes when windows follow each other."""
 
-import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
 
-from specmoeoff.pipeline import Graph
+from specmoeoff.pipeline import Graph, Node
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Schedule:
         begin, end = self.span_s
         busy = {"cpu": 0.0, "disk": 0.0}
         for node, a, b in zip(self.graph.nodes, self.start_s, self.end_s, strict=True):
-            busy[node.lane] += max(0.0, min(b, end) - max(a, begin))
+            if a < end and b > begin:
+                busy[node.lane] += min(b, end) - max(a, begin)
         return busy
 
     @property
     def phases_s(self) -> dict[str, float]:
         """By kind on the compute lane within the steady window, and what is left: `wait`."""
         phases: defaultdict[str, float] = defaultdict(float)
+        steady = self.steady
         for node in self.graph.nodes:
-            if node.lane == "cpu" and node.window == self.steady:
+            if node.lane == "cpu" and node.window == steady:
                 phases[node.kind] += self.end_s[node.index] - self.start_s[node.index]
         phases["wait"] = max(0.0, self.period_s - sum(phases.values()))
         return dict(phases)
@@ -61,94 +64,75 @@ class Schedule:
     @property
     def loads(self) -> float:
         """Experts read for the steady window, dropped ones by their probability."""
-        return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == self.steady)
+        steady = self.steady
+        return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == steady)
 
 
 def simulate(graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], float] = lambda wait_s: 0.0) -> Schedule:
-    """Event-driven list scheduling. `wake_s`: what work on the CPU takes longer after a wait of so many seconds. Both lanes serve the most urgent ready node: the CPU by program order, the disk by
-    window, layer, demand before prefetch. Loads obey the slot rules of pipeline.py."""
-    return _Simulation(graph, seconds, wake_s).run()
+    """List scheduling, from one end of a node to the next. `wake_s`: what work on the CPU takes longer after a wait of so
+    many seconds. Both lanes serve the most urgent ready node: the CPU by program order, the disk by window, layer, demand
+    before prefetch. Loads obey the slot rules of pipeline.py."""
+    nodes, n = graph.nodes, len(graph.nodes)
+    missing = [len(node.deps) for node in nodes]
+    users: list[list[int]] = [[] for _ in nodes]
+    for node in nodes:
+        for dep in node.deps:
+            users[dep].append(node.index)
+    start_s, end_s, read_share = [-1.0] * n, [-1.0] * n, [0.0] * n
+    ready_cpu: list[int] = []
+    ready_disk: list[tuple[int, int, bool, int]] = []
 
-
-class _Simulation:
-    def __init__(self, graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], float]) -> None:
-        self._graph, self._seconds, self._wake_s = graph, seconds, wake_s
-        self._cpu_end_s = 0.0
-        n = len(graph.nodes)
-        self._missing = [len(node.deps) for node in graph.nodes]
-        self._users: list[list[int]] = [[] for _ in range(n)]
-        for node in graph.nodes:
-            for dep in node.deps:
-                self._users[dep].append(node.index)
-        self._start, self._end, self._share = [-1.0] * n, [-1.0] * n, [0.0] * n
-        self._ready_cpu: list[int] = []
-        self._ready_disk: list[tuple[int, int, bool, int]] = []
-        self._events: list[tuple[float, int]] = []
-        self._busy = {"cpu": False, "disk": False}
-        self._free = graph.stream_slots
-        self._current = (0, -1)
-        for node in graph.nodes:
-            if not self._missing[node.index]:
-                self._make_ready(node.index)
-
-    def run(self) -> Schedule:
-        now = 0.0
-        self._begin(now)
-        while self._events:
-            now, index = heapq.heappop(self._events)
-            self._finish(index, now)
-            while self._events and self._events[0][0] == now:
-                self._finish(heapq.heappop(self._events)[1], now)
-            self._begin(now)
-        if min(self._end, default=0.0) < 0:
-            raise ValueError(f"the graph cannot run: {self._graph.stream_slots} stream slots are too few")
-        return Schedule(self._graph, self._start, self._end, self._share)
-
-    def _make_ready(self, index: int) -> None:
-        node = self._graph.nodes[index]
+    def make_ready(node: Node) -> None:
         if node.lane == "cpu":
-            heapq.heappush(self._ready_cpu, index)
+            heappush(ready_cpu, node.index)
         else:
-            demand = node.experts[0].source == "demand"
-            heapq.heappush(self._ready_disk, (node.window, node.layer, not demand, index))
+            heappush(ready_disk, (node.window, node.layer, node.experts[0].source != "demand", node.index))
 
-    def _finish(self, index: int, now: float) -> None:
-        node = self._graph.nodes[index]
-        self._end[index] = now
-        self._busy[node.lane] = False
-        if node.lane == "cpu":
-            self._cpu_end_s = now
-        if node.kind == "expert":
-            self._free += 1
-        for user in self._users[index]:
-            self._missing[user] -= 1
-            if not self._missing[user]:
-                self._make_ready(user)
-
-    def _begin(self, now: float) -> None:
-        if not self._busy["cpu"] and self._ready_cpu:
-            index = heapq.heappop(self._ready_cpu)
-            node = self._graph.nodes[index]
+    for node in nodes:
+        if not node.deps:
+            make_ready(node)
+    on_cpu = on_disk = -1  # the node that runs there, if any
+    cpu_end_s = disk_end_s = inf
+    now_s = waits_since_s = 0.0
+    free_slots, current = graph.stream_slots, (0, -1)
+    while True:
+        if on_cpu < 0 and ready_cpu:
+            on_cpu = heappop(ready_cpu)
+            node = nodes[on_cpu]
             if node.kind == "attention":
-                self._current = (node.window, node.layer)
-            waited = now - self._cpu_end_s
-            self._occupy(index, now, self._seconds[index] + (self._wake_s(waited) if waited > 0 else 0.0))
-        if not self._busy["disk"] and self._ready_disk:
-            window, layer, _, index = self._ready_disk[0]
-            ahead = (window, layer) > self._current
-            if self._free > (self._graph.demand_reserve if ahead else 0):
-                heapq.heappop(self._ready_disk)
-                self._free -= 1
-                self._share[index] = self._share_read(index)
-                self._occupy(index, now, self._seconds[index] * self._share[index])
-
-    def _share_read(self, index: int) -> float:
-        """All of it, unless routing is known: then an unused expert is not read."""
-        node = self._graph.nodes[index]
-        routed = all(self._end[r] >= 0 for r in node.routed_by)
-        return node.experts[0].probability if routed else 1.0
-
-    def _occupy(self, index: int, now: float, seconds: float) -> None:
-        self._busy[self._graph.nodes[index].lane] = True
-        self._start[index] = now
-        heapq.heappush(self._events, (now + seconds, index))
+                current = (node.window, node.layer)
+            waited_s = now_s - waits_since_s
+            start_s[on_cpu] = now_s
+            cpu_end_s = now_s + (seconds[on_cpu] + (wake_s(waited_s) if waited_s > 0 else 0.0))
+        if on_disk < 0 and ready_disk:
+            ahead = ready_disk[0][:2] > current
+            if free_slots > (graph.demand_reserve if ahead else 0):
+                on_disk = heappop(ready_disk)[-1]
+                free_slots -= 1
+                node = nodes[on_disk]
+                # All of it, unless routing is known: then an unused expert is not read.
+                routed = all(end_s[router] >= 0 for router in node.routed_by)
+                share = read_share[on_disk] = node.experts[0].probability if routed else 1.0
+                start_s[on_disk] = now_s
+                disk_end_s = now_s + seconds[on_disk] * share
+        if on_cpu < 0 and on_disk < 0:
+            break
+        now_s = min(cpu_end_s, disk_end_s)
+        ended = []
+        if cpu_end_s == now_s:
+            ended.append(on_cpu)
+            on_cpu, cpu_end_s, waits_since_s = -1, inf, now_s
+        if disk_end_s == now_s:
+            ended.append(on_disk)
+            on_disk, disk_end_s = -1, inf
+        for index in ended:
+            end_s[index] = now_s
+            if nodes[index].kind == "expert":
+                free_slots += 1
+            for user in users[index]:
+                missing[user] -= 1
+                if not missing[user]:
+                    make_ready(nodes[user])
+    if min(end_s, default=0.0) < 0:
+        raise ValueError(f"the graph cannot run: {graph.stream_slots} stream slots are too few")
+    return Schedule(graph, start_s, end_s, read_share)

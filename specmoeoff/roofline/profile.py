@@ -30,6 +30,8 @@ from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machi
 GIB = 1 << 30
 ABOVE_PEAK = 1.02
 LAST_S = 5.0
+SHORT_S = 20.0  # a budget no longer than this leaves no time to measure twice
+FEWEST_SAMPLES = 4  # of DRAM and disk, however small the budget
 GPU_SHARE = 0.4  # of the budget
 LIBRARIES = ("numpy", "torch", "optuna", "scipy")
 RUNTIME_IMPORTS = (
@@ -164,14 +166,20 @@ def measure_profile(
         except (SpecMoEOffError, OSError) as error:
             waived["disk"] = str(error)
 
-        def sample_again() -> None:
+        n_samples = 0
+
+        def sample_again(deadline: float = until) -> None:
             """DRAM and disk are shared: their samples are spread over the whole of the measurement."""
+            nonlocal n_samples
+            if n_samples >= FEWEST_SAMPLES and time.perf_counter() > deadline:
+                return
+            n_samples += 1
             memory.sample_dram()
             if disk:
                 disk.sample()
 
         for _ in range(8):
-            sample_again()
+            sample_again(begun + 0.35 * (until - begun))
         lanes: dict[str, Traffic] = {"disk": disk.reading} if disk else {}
         if me.gpu and models:
             with suppress(SpecMoEOffError):  # told with the GPU's own rows
@@ -183,15 +191,15 @@ def measure_profile(
             rounds = 9 if n_threads == me.n_cores else 3
             tables += measure_operators(spec, n_threads, share_s, rounds, sample_again, lanes)
         # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
-        while True:
+        once_more = until - begun > SHORT_S
+        while once_more:
             progress("peaks and caches again", 0.95)
             peaks = [_merged(*pair) for pair in zip(peaks, cpu_probes.peaks(counts, tally)[0], strict=True)]
             memory.measure_caches()
             products = [_merged(*pair) for pair in zip(products, gemm_peaks(counts)[0], strict=True)]
             for _ in range(4):
                 sample_again()
-            if time.perf_counter() > until - LAST_S:
-                break
+            once_more = time.perf_counter() < until - LAST_S
         if disk:
             link = disk.link()
             if disk.error:

@@ -325,7 +325,7 @@ def test_a_reader_too_slow_loses_its_answer_and_holds_nobody_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_clients", [150, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n_clients", [60, pytest.param(500, marks=pytest.mark.long)])
 def test_clients_of_all_manners_leave_nothing_behind(served: Served, n_clients: int) -> None:
     client = served.client()
     outcomes: Counter[str] = Counter()
@@ -367,12 +367,12 @@ def test_clients_of_all_manners_leave_nothing_behind(served: Served, n_clients: 
 
     n_files = served.size()[0]
     sizes = []
-    for _ in range(3):
+    for _ in range(4):
         storm()
         sizes.append(served.size()[1])
     assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS)
-    assert outcomes.total() == 3 * n_clients, outcomes
-    assert sizes[2] < 1.08 * sizes[0]
+    assert outcomes.total() == 4 * n_clients, outcomes
+    assert sizes[3] < 1.05 * sizes[1]  # the first storm fills the allocator
     deadline = time.monotonic() + 2 * KEEP_ALIVE_S
     while served.size()[0] > n_files and time.monotonic() < deadline:  # idle connections are closed
         time.sleep(0.1)

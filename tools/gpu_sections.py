@@ -340,7 +340,7 @@ def draft_split(setting: Setting) -> Rows:
     dense = {"architecture": "llama", "n_experts": 1, "n_active": 1, "vocab": 32000, "head_dim": 64}
     sizes = {"n_layers": 22, "hidden": 2048, "intermediate": 5632, "n_heads": 32, "n_kv_heads": 4}
     if setting.rehearsed:
-        name, n_layers, batch, context, n_windows = "tiny", 2, 4, 20, 1
+        name, n_layers, batch, context, n_windows, k, caught_up = "tiny", 2, 2, 20, 1, 2, 1
         sizes = {"n_layers": 2, "hidden": 64, "intermediate": 64, "n_heads": 2, "n_kv_heads": 1, "vocab": 40}
     n_threads = max(1, len(os.sched_getaffinity(0)) - 1)
     spec = shape(name, n_layers)

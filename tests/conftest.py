@@ -31,7 +31,7 @@ def _spec(name: str, n_experts: int) -> ModelSpec:
     return ModelSpec(
         name=name,
         architecture="mixtral" if n_experts > 1 else "llama",
-        n_layers=30,
+        n_layers=10,
         hidden=576,
         intermediate=1536,
         n_heads=9,
@@ -144,7 +144,7 @@ def made_up_profile(target_spec: ModelSpec, draft_spec: ModelSpec) -> HardwarePr
 @pytest.fixture(scope="session")
 def made_up_workload(target_spec: ModelSpec, draft_spec: ModelSpec) -> Workload:
     rng = np.random.default_rng(0)
-    popularity = np.clip(rng.dirichlet(np.full(8, 2.0), 30) * 2, 0, 1)
+    popularity = np.clip(rng.dirichlet(np.full(8, 2.0), target_spec.n_layers) * 2, 0, 1)
     return Workload(
         name="made-up",
         created="2026-01-01T00:00:00+00:00",

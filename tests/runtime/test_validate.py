@@ -62,7 +62,7 @@ def _measured_setting(save_model: Callable[..., Path]) -> Setting:
     requests = [Request(f"r{i}", (3 + i, 4, 5, 6), 24) for i in range(6)]
     threads = PlanThreads(compute=n_cores, disk_readers=2, disk_chunk_bytes=16384)
     workload = observe(
-        target, {"model": draft, "ngram": None}, requests * 12, threads, 4, target.spec.n_all_experts, "tiny"
+        target, {"model": draft, "ngram": None}, requests * 4, threads, 4, target.spec.n_all_experts, "tiny"
     )
     # A random draft model is never right; pretend it is, so that the plan drafts.
     acceptance = {"model": workload.acceptance["model"].model_copy(update={"conditional": (0.99,) * 4})}

@@ -23,7 +23,7 @@ def on_cpu(made_up_request: TuneRequest) -> Plan:
 @pytest.fixture(scope="module")
 def on_gpu(on_cpu: Plan) -> Plan:
     """The same with a quarter of all experts in GPU memory, and all KV on the host."""
-    experts = on_cpu.experts.model_copy(update={"resident": ((0, 1),) * 30, "prefetch": ((),) * 30})
+    experts = on_cpu.experts.model_copy(update={"resident": ((0, 1),) * 10, "prefetch": ((),) * 10})
     memory = on_cpu.memory.model_copy(update={"fast": {"resident_experts": 20 * GIB}, "host": {"experts": 60 * GIB}})
     gpu = PlanGpu(kv_share=0.0, draft_kv_share=0.5)
     return on_cpu.model_copy(update={"experts": experts, "memory": memory, "gpu": gpu})
@@ -51,7 +51,7 @@ def test_llama_cpp_gets_slots_context_and_draft_and_leaves_residency_to_the_page
 
 def test_llama_cpp_places_whole_layers(on_gpu: Plan) -> None:
     flags = parsed(export(on_gpu, "llama.cpp"))
-    assert flags["--n-cpu-moe"] == "23"  # a quarter of 30 layers is 7 whole ones
+    assert flags["--n-cpu-moe"] == "8"  # a quarter of 10 layers is 2 whole ones
     assert "--no-kv-offload" in flags
     everything = on_gpu.memory.model_copy(update={"host": {"experts": 0}})
     assert parsed(export(on_gpu.model_copy(update={"memory": everything}), "llama.cpp"))["--n-cpu-moe"] == "0"

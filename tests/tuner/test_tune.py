@@ -201,5 +201,5 @@ def test_a_workload_of_another_draft_is_refused(made_up_request: TuneRequest) ->
 
 def test_a_workload_whose_popularity_is_not_this_models_is_refused(made_up_request: TuneRequest) -> None:
     edited = made_up_request.workload.model_copy(update={"popularity": made_up_request.workload.popularity[1:]})
-    with pytest.raises(BadInput, match=r"popularity of 29 layers x 8 experts, but .* has 30 x 8"):
+    with pytest.raises(BadInput, match=r"popularity of 9 layers x 8 experts, but .* has 10 x 8"):
         tune(replace(made_up_request, workload=edited))

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Bytecode of what is imported is made when it is.
+PIP := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint sanitize bench soak gpu-check build clean
 

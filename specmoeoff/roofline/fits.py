@@ -77,6 +77,15 @@ def transfer_intervals(
     return (max(fit.latency_s - latency, 0.0), fit.latency_s + latency), rates
 
 
+def never_falling(seconds: Sequence[float]) -> tuple[float, ...]:
+    """The nearest times, by relative residuals, of which none is less than one before it: more rows never take less, so where
+    they seem to, some of the samples were disturbed (isotonic regression: Barlow et al., Statistical Inference under Order
+    Restrictions, 1972)."""
+    from scipy.optimize import isotonic_regression
+
+    return tuple(np.exp(isotonic_regression(np.log(seconds)).x).tolist())
+
+
 def leave_one_out_error(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     """Median relative error of predicting each inner point linearly from its neighbours; None below three points."""
     if len(sizes) < 3:

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import linregress
 
 from specmoeoff.estimate.tables import OutOfRange
-from specmoeoff.roofline.fits import fit_operator, fit_transfer, transfer_intervals
+from specmoeoff.roofline.fits import fit_operator, fit_transfer, never_falling, transfer_intervals
 from specmoeoff.specs.profile import OperatorTable
 
 LATENCY_S, BYTES_PER_S = 8e-6, 25e9
@@ -104,3 +104,13 @@ def test_an_operator_is_priced_only_where_it_was_fitted() -> None:
     for rows in (0.5, 513):
         with pytest.raises(OutOfRange, match=rf"operator expert: {rows:g} rows are outside the fitted 1 to 512"):
             fit(rows)
+
+
+def test_a_disturbed_size_moves_the_order_of_sizes_back_and_nothing_else() -> None:
+    true = [1.0, 1.1, 1.1, 1.2, 1.3, 2.0, 4.0]
+    assert never_falling(true) == pytest.approx(true)
+    found = never_falling([1.0, 1.1, 1.6, 1.2, 1.3, 2.0, 4.0])
+    assert list(found) == sorted(found)
+    assert found[:2] == pytest.approx(true[:2])
+    assert found[5:] == pytest.approx(true[5:])
+    assert max(off(f, t) for f, t in zip(found, true, strict=True)) < 0.25 < off(1.6, true[2])

@@ -77,7 +77,7 @@ class Executor:
 
     def _demand(self, window: int, layer: int, rows: Rows, loads: dict[int, Load]) -> None:
         """Ask at once for what a micro-batch's router chose and nobody is bringing."""
-        chosen = np.unique(self._model.work.expert_index[rows.first : rows.last]).tolist()
+        chosen = sorted({*self._model.work.expert_index[rows.first : rows.last].ravel().tolist()})
         resident = self._store.resident
         missing = [e for e in chosen if e not in loads and (layer, e) not in resident]
         if missing:

@@ -183,14 +183,14 @@ class ExpertStore:
         with self._change:
             for load in loads:
                 self._push(load)
-            self._change.notify_all()
+            self._wake_readers()
         return loads
 
     def enter(self, window: int, layer: int) -> None:
         """Compute has reached this layer: its loads may now take the reserved slots."""
         with self._change:
             self._lane.current = (window, layer)
-            self._change.notify_all()
+            self._wake_readers()
 
     def drop(self, load: Load) -> None:
         """This load's expert is not used: forget it, or free its slot once read."""
@@ -226,6 +226,11 @@ class ExpertStore:
             while any(reader.is_alive() for reader in self._readers):
                 self._change.wait(0.01)
         os.close(self._descriptor)
+
+    def _wake_readers(self) -> None:
+        """Not for nothing: every one that wakes takes the lock, and Python, from the thread that computes."""
+        if self._lane.pending:
+            self._change.notify_all()
 
     def _push(self, load: Load) -> None:
         lane = self._lane

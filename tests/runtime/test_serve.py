@@ -366,13 +366,14 @@ def test_clients_of_all_manners_leave_nothing_behind(served: Served, n_clients: 
         ended(served)
 
     n_files = served.size()[0]
-    sizes = []
-    for _ in range(4):
+    sizes: list[int] = []
+    # An allocator's arenas fill up once; what is left behind grows with every storm.
+    while len(sizes) < 3 or sizes[-1] > 1.01 * sizes[-2]:
+        assert len(sizes) < 9, sizes
         storm()
         sizes.append(served.size()[1])
     assert outcomes.total() == outcomes["told to come back"] + sum(outcomes[manner] for manner in MANNERS)
-    assert outcomes.total() == 4 * n_clients, outcomes
-    assert sizes[3] < 1.05 * sizes[1]  # the first storm fills the allocator
+    assert outcomes.total() == len(sizes) * n_clients, outcomes
     deadline = time.monotonic() + 2 * KEEP_ALIVE_S
     while served.size()[0] > n_files and time.monotonic() < deadline:  # idle connections are closed
         time.sleep(0.1)

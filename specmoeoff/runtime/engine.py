@@ -13,16 +13,16 @@ import numpy as np
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.runtime.drafters import Drafter, Proposal
-from specmoeoff.runtime.drafters.eagle import EagleDrafter, EagleHead
+from specmoeoff.runtime.drafters.eagle import EagleDrafter, EagleHead, HostEagle
 from specmoeoff.runtime.drafters.model import HostPasses, ModelDrafter
 from specmoeoff.runtime.drafters.ngram import NgramDrafter
 from specmoeoff.runtime.drafters.none import NoDrafter
 from specmoeoff.runtime.execute import Executor
 from specmoeoff.runtime.expert_store import ExpertStore
 from specmoeoff.runtime.gpu.device import CupyDevice, Device
-from specmoeoff.runtime.gpu.draft import GpuPasses
+from specmoeoff.runtime.gpu.draft import GpuEagle, GpuPasses
 from specmoeoff.runtime.gpu.target import GpuTarget, NoStore, near_slots
-from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.gpu.weights import CheckpointWeights, EagleWeights
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.model import Model
@@ -82,7 +82,8 @@ class Engine:
                 spec.n_dense_layers,
             )
             if isinstance(draft, EagleHead):
-                self._drafters["eagle"] = EagleDrafter(draft, self.model, kernels, self._pages, max_rows)
+                head = HostEagle(draft, self.model, kernels, self._pages, max_rows)
+                self._drafters["eagle"] = EagleDrafter(head, self.model.features, self._pages, draft.spec)
             elif isinstance(draft, PackedModel):
                 self._drafters["model"] = ModelDrafter(HostPasses(draft, kernels, self._pages, max_rows), decode.batch)
             self._executor: Executor | GpuTarget = Executor(self.model, self.store)
@@ -90,12 +91,15 @@ class Engine:
         else:
             self.store = NoStore()  # type: ignore[assignment]
             device = device or CupyDevice()
-            if isinstance(draft, CheckpointWeights):
-                n_near = round(gpu.draft_kv_share * decode.batch) if gpu else 0
-                passes = GpuPasses(draft, device, decode, n_near, max_rows, threads.compute)
-                self._drafters["model"] = ModelDrafter(passes, decode.batch)
-            self._executor = GpuTarget(target, device, decode, experts, self._pages, max_rows, threads.compute)
-            self._choose = self._executor.choose
+            runs = GpuTarget(target, device, decode, experts, self._pages, max_rows, threads.compute)
+            n_near = round(gpu.draft_kv_share * decode.batch) if gpu else 0
+            if isinstance(draft, EagleWeights):
+                passes = GpuEagle(draft, runs.model, decode, n_near, max_rows, threads.compute)
+                self._drafters["eagle"] = EagleDrafter(passes, runs.features, self._pages, draft.spec)
+            elif isinstance(draft, CheckpointWeights):
+                dense = GpuPasses(draft, device, decode, n_near, max_rows, threads.compute)
+                self._drafters["model"] = ModelDrafter(dense, decode.batch)
+            self._executor, self._choose = runs, runs.choose
         self._device = device
         self._free_places = list(range(decode.batch))[::-1]
         self._waiting: deque[Sequence] = deque()

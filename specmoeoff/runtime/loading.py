@@ -9,7 +9,7 @@ from specmoeoff.pipeline import DEMAND_RESERVE_SLOTS
 from specmoeoff.runtime.checkpoint import read_model_spec, resolve_model
 from specmoeoff.runtime.drafters.eagle import EagleHead, check_head, load_eagle_head, read_eagle_spec
 from specmoeoff.runtime.gpu.device import find_gpu
-from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.gpu.weights import CheckpointWeights, EagleWeights
 from specmoeoff.runtime.pack import PackedModel, pack_model
 from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.tokenizer import Tokenizer
@@ -17,7 +17,6 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import DrafterName, PlainPlan, Plan, PlanModel
 
 DEMO_DRAFT = "demo-draft"
-GPU_DRAFTERS = ("none", "ngram", "model")
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,6 +57,10 @@ class Draft:
         if self.drafter == "eagle":
             return load_eagle_head(folder, target)
         return pack_model(folder, progress, target.precision)
+
+    def open_for_gpu(self) -> CheckpointWeights:
+        """Its weights as a GPU's lanes take them."""
+        return (EagleWeights if self.drafter == "eagle" else CheckpointWeights)(model_folder(self.source))
 
 
 def find_draft(model: str, named: str | None, target: ModelSpec) -> Draft | None:
@@ -100,17 +103,17 @@ def open_plan(plan: Plan, progress: Progress = lambda *_: None) -> Opened:
     for name, part in (("the plan", plan), ("the plan's plain part", plan.plain)):
         check_part(name, part, spec)
     draft: PackedModel | EagleHead | CheckpointWeights | None = None
-    if plan.gpu and plan.decode.drafter not in GPU_DRAFTERS:
-        raise MissingCapability(
-            f"the plan drafts with {plan.decode.drafter}, which the GPU lanes cannot run yet (only "
-            f"{' and '.join(GPU_DRAFTERS)}); tune with a workload of another drafter, or `export` the plan."
+    if plan.draft is not None and not plan.draft.source:
+        raise BadInput(
+            f"the plan drafts with an {plan.draft.name} that is only assumed; name one with `tune --draft eagle:HEAD`, tune "
+            "with a workload of another drafter, or `export` the plan."
         )
     if plan.draft is not None:
         kind = "eagle:" if plan.decode.drafter == "eagle" else ""
         found = find_draft(plan.model.source, kind + plan.draft.source, spec)
         assert found is not None
         _check_same(plan.draft, found.source, found.spec)
-        draft = CheckpointWeights(model_folder(found.source)) if plan.gpu else found.open(spec, progress)
+        draft = found.open_for_gpu() if plan.gpu else found.open(spec, progress)
     elif plan.decode.drafter in ("model", "eagle"):
         raise BadInput("the plan drafts with a model, but names no draft model; make the plan anew with `tune`.")
     opened = Opened(

@@ -8,7 +8,7 @@ extern "C" __global__ void embed(const int *tokens, const u16 *embedding, int hi
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[(size_t)blockIdx.x * hidden + i] = from_bf16(from[i]);
 }
 
-// One warp a row: out = bf16(x * rsqrt(mean(x^2) + eps) * weight), of x's rows at `rows` (NULL: all).
+// One warp a row: out = bf16(x * rsqrt(mean(x^2) + eps) * weight), or bf16(x) where weight is NULL, of x's rows at `rows` (NULL: all).
 extern "C" __global__ void rmsnorm(const float *x, const int *rows, const float *weight, float eps, int n_rows, int hidden, u16 *out)
 {
     const int lane = threadIdx.x % WARP, row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
@@ -17,7 +17,7 @@ extern "C" __global__ void rmsnorm(const float *x, const int *rows, const float 
     float squares = 0.f;
     for (int i = lane; i < hidden; i += WARP) squares = fmaf(mine[i], mine[i], squares);
     const float scale = 1.f / sqrtf(warp_sum(squares) / hidden + eps);
-    for (int i = lane; i < hidden; i += WARP) out[(size_t)row * hidden + i] = to_bf16(mine[i] * scale * weight[i]);
+    for (int i = lane; i < hidden; i += WARP) out[(size_t)row * hidden + i] = to_bf16(weight ? mine[i] * scale * weight[i] : mine[i]);
 }
 
 // One warp a (row, head). qkv (M, n_heads + 2 n_kv_heads, dim) -> query (M, n_heads, dim) bf16, normed (unless its weight is

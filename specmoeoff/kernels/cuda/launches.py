@@ -183,9 +183,9 @@ def embed(tokens: Array, embedding: Array, x: Array) -> Launch:
 
 
 def rmsnorm(x: Array, weight: Array, eps: float, out: Array, rows: Array = None) -> Launch:
-    """x (M, H) float32, or its rows (N,) int32 -> out (M or N, H) bf16."""
-    which = NULL if rows is None else rows
-    return _by_warp("rmsnorm", len(out), x, which, weight, np.float32(eps), *_i32(*out.shape), out)
+    """x (M, H) float32, or its rows (N,) int32 -> out (M or N, H) bf16; an empty weight: no norm, x is rounded."""
+    which, scale = NULL if rows is None else rows, weight if len(weight) else NULL
+    return _by_warp("rmsnorm", len(out), x, which, scale, np.float32(eps), *_i32(*out.shape), out)
 
 
 def copy(source: Array, to: Array) -> Launch:

@@ -6,22 +6,24 @@ after the final norm, and the layer has no norm before its attention: so were th
 eagle/ge_data/ge_data_all_vicuna.py, whose transformers' `hidden_states[-1]` is normed, and eagle/model/cnets1.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from specmoeoff.errors import BadInput
 from specmoeoff.kernels.cpu import ACTIVATION, PAGE_TOKENS, Kernels, pack_expert, packed_expert_bytes
-from specmoeoff.runtime.architectures import expected_shapes, expert_tensor_names
+from specmoeoff.pipeline import RequestTokens
+from specmoeoff.runtime.architectures import expected_shapes
 from specmoeoff.runtime.checkpoint import Checkpoint, to_bf16
 from specmoeoff.runtime.drafters import Proposal
 from specmoeoff.runtime.kv_cache import PageTable
 from specmoeoff.runtime.model import Model, array_of
 from specmoeoff.runtime.pack import pack_weight
-from specmoeoff.runtime.rows import Rows, make_rows
+from specmoeoff.runtime.rows import make_rows
 from specmoeoff.runtime.sequence import Sequence as TokenSequence
 from specmoeoff.runtime.trace import Trace
 from specmoeoff.specs.model import ModelSpec
@@ -56,6 +58,9 @@ class EagleCheckpoint(Checkpoint):
         del needed[INPUT_NORM]
         found = {name: shape for name, shape in optional.items() if name in self.places}
         return {"fc.weight": (spec.hidden, 2 * spec.hidden), **needed, **found}
+
+    def _read(self, name: str, index: int | None = None) -> np.ndarray:
+        return super()._read(name.removeprefix("model."), index)  # a model's names, but for that
 
 
 def _as_llama(spec: ModelSpec) -> ModelSpec:
@@ -99,9 +104,8 @@ def load_eagle_head(folder: Path | str, target: ModelSpec) -> EagleHead:
         spec = checkpoint.spec.run_in(target.precision)
         read = partial(checkpoint.tensor, precision=target.precision)
         check_head(folder, spec, target)
-        gate, up, down = (read(name.removeprefix("model.")) for name in expert_tensor_names(spec, 0, 0))
         expert = np.empty(packed_expert_bytes(spec.hidden, spec.intermediate, spec.precision), np.uint8)
-        pack_expert(gate, up, down, expert)
+        pack_expert(*checkpoint.expert(0, 0, spec.precision), expert)
         attention = f"{LAYER}self_attn."
         dense = {
             f"{LAYER}qkv": pack_weight(np.concatenate([read(f"{attention}{part}_proj.weight") for part in "qkv"])),
@@ -114,23 +118,69 @@ def load_eagle_head(folder: Path | str, target: ModelSpec) -> EagleHead:
         return EagleHead(spec, dense, expert, pack_weight(read("fc.weight")), bias)
 
 
-class EagleDrafter:
-    """Drafts greedily, one pass a token. The target's features are kept in pages beside the head's keys and values."""
+class EaglePasses(Protocol):
+    """A head over live requests, with room for `max_rows` tokens a pass."""
+
+    max_rows: int
+
+    def run(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[np.ndarray],
+        kv_tokens: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The most likely token (n,) after the last of each request's new `tokens`, which follow kv_tokens known ones, and its
+        feature (n, hidden); features[i] (n_tokens, hidden) are of the positions before the tokens."""
+
+
+class HostEagle:
+    """On the CPU, over the target's pages."""
 
     def __init__(self, head: EagleHead, target: Model, kernels: Kernels, pages: PageTable, max_rows: int) -> None:
         # No norm before the output matrix: features are normed already.
         shared = replace(head, dense={"embedding": target.embedding, "lm_head": target.head, **head.dense})
         self._model = Model(shared, kernels, pages.n_pages, pages.pages_per_request * PAGE_TOKENS, max_rows)
         self._stack = self._model.stack([head.expert])
-        self._head, self._target, self._kernels, self._pages = head, target, kernels, pages
-        shape = (pages.n_pages, PAGE_TOKENS, head.spec.hidden)
-        self._features = array_of(shape, ACTIVATION[head.spec.precision])
+        self._head, self._kernels, self._pages, self.max_rows = head, kernels, pages, max_rows
+
+    def run(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[np.ndarray],
+        kv_tokens: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See EaglePasses."""
+        counts, given = [len(t) for t in tokens], np.concatenate(features)
+        model, x = self._model, self._model.work.x[: len(given)]
+        joined = np.concatenate([model.embedding[np.concatenate(tokens)], given], axis=1)
+        self._kernels.linear(joined, self._head.fc, self._head.spec.hidden, x)
+        x += self._head.fc_bias
+        model.dense_pass(self._stack, make_rows(0, counts, kv_tokens, self._pages.table[slots]))
+        last = np.cumsum(counts) - 1
+        return model.choose(last), to_bf16(x[last]) if given.dtype == np.uint16 else x[last]
+
+
+class EagleDrafter:
+    """Drafts greedily, one pass a token. `target_features` tells those of the target's last pass, so many rows; they are kept in
+    pages beside the head's keys and values."""
+
+    def __init__(
+        self,
+        passes: EaglePasses,
+        target_features: Callable[[int], np.ndarray],
+        pages: PageTable,
+        spec: ModelSpec,
+    ) -> None:
+        self._passes, self._target_features, self._pages = passes, target_features, pages
+        self._features = array_of((pages.n_pages, PAGE_TOKENS, spec.hidden), ACTIVATION[spec.precision])
         # Positions whose keys and values come from the target's features, not from extrapolated ones.
         self._kv_tokens = np.zeros(len(pages.table), np.int64)
 
     def see(self, sequences: Sequence[TokenSequence], counts: Sequence[int]) -> None:
         """See Drafter."""
-        features, first = self._target.features(sum(counts)), 0
+        features, first = self._target_features(sum(counts)), 0
         for sequence, n in zip(sequences, counts, strict=True):
             self._features[self._place(sequence, sequence.kv_tokens, n)] = features[first : first + n]
             first += n
@@ -145,7 +195,7 @@ class EagleDrafter:
         self._kv_tokens[[sequences[i].slot for i in live]] = [sequences[i].kv_tokens for i in live]
         step = 0
         while live:
-            counts, room = {}, self._model.work.max_rows
+            counts, room = {}, self._passes.max_rows
             for i in live:
                 counts[i] = min(max(1, sequences[i].kv_tokens - position[i]), room)
                 room -= counts[i]
@@ -153,16 +203,12 @@ class EagleDrafter:
             tokens, features = [], []
             for i in members:
                 s, first, n = sequences[i], position[i], counts[i]
-                tokens += [*s.tokens, *drafts[i]][first + 1 : first + 1 + n]
+                tokens.append([*s.tokens, *drafts[i]][first + 1 : first + 1 + n])
                 features.append(guesses[i] if i in guesses else self._features[self._place(s, first, n)])
-            rows = make_rows(
-                0,
-                [counts[i] for i in members],
-                [position[i] for i in members],
-                self._pages.table[[sequences[i].slot for i in members]],
-            )
-            with trace.run(trace.builder.draft(step, rows.requests)):
-                chosen, states = self._pass(tokens, np.concatenate(features), rows)
+            requests = tuple(RequestTokens(counts[i], position[i]) for i in members)
+            with trace.run(trace.builder.draft(step, requests)):
+                slots = [sequences[i].slot for i in members]
+                chosen, states = self._passes.run(slots, tokens, features, [position[i] for i in members])
             for i, token, state in zip(members, chosen, states, strict=True):
                 position[i] += counts[i]
                 if position[i] >= sequences[i].kv_tokens:
@@ -171,16 +217,6 @@ class EagleDrafter:
             live = [i for i in live if len(drafts[i]) < lengths[i]]
             step += 1
         return [Proposal(tokens) for tokens in drafts]
-
-    def _pass(self, tokens: Sequence[int], features: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """The next token and feature after each request's last row; features (n_rows, hidden)."""
-        model, x = self._model, self._model.work.x[: rows.last]
-        joined = np.concatenate([model.embedding[tokens], features], axis=1)
-        self._kernels.linear(joined, self._head.fc, self._head.spec.hidden, x)
-        x += self._head.fc_bias
-        model.dense_pass(self._stack, rows)
-        last = np.cumsum([r.n_tokens for r in rows.requests]) - 1
-        return model.choose(last), to_bf16(x[last]) if features.dtype == np.uint16 else x[last]
 
     def _place(self, sequence: TokenSequence, first: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Page and offset of positions first .. first + n."""

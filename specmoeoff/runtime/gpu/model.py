@@ -14,6 +14,7 @@ from specmoeoff.kernels.cuda import launches
 from specmoeoff.kernels.cuda.launches import Array, Pages
 from specmoeoff.pipeline import Node
 from specmoeoff.runtime.gpu.device import Device, Stream
+from specmoeoff.runtime.gpu.eagle import Entry
 from specmoeoff.runtime.gpu.head import HEAD_ROWS, Head
 from specmoeoff.runtime.gpu.inputs import Half, Part
 from specmoeoff.runtime.gpu.lanes import Work
@@ -50,7 +51,8 @@ class Sizes(NamedTuple):
 
 
 class GpuModel:
-    """Everything of a model, placed. resident[layer] and on_host[layer] are experts' numbers; the others are streamed."""
+    """Everything of a model, placed. resident[layer] and on_host[layer] are experts' numbers; the others are streamed. `target`: of
+    an EAGLE head, which shares its embedding and output matrix."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class GpuModel:
         sizes: Sizes,
         resident: Sequence[Sequence[int]],
         on_host: Sequence[Sequence[int]],
+        target: "GpuModel | None" = None,
     ) -> None:
         spec = self.spec = weights.spec
         self.device, self.sizes = device, sizes
@@ -67,7 +70,7 @@ class GpuModel:
         heads, dim, kv_heads, rows = spec.n_heads, spec.head_dim, spec.n_kv_heads, sizes.max_rows
         self._kv_shape = KVShape(heads, kv_heads, dim, dim)
         self._rotary = tuple(self.upload(np.ascontiguousarray(t)) for t in rope_tables(spec, sizes.n_positions))
-        self._embedding = self.upload(weights.dense("embedding"))
+        self.embedding: Array = target.embedding if target else self.upload(weights.dense("embedding"))
         norms = NORMS if spec.qk_norm == "head" else NORMS[:2]
         names = [f"layers.{layer}." for layer in range(spec.n_layers)]
         self._norms = [{n: self.upload(weights.dense(name + n)) for n in norms} for name in names]
@@ -95,16 +98,18 @@ class GpuModel:
         self.index_host = pinned((hosted if sizes.buffers > 1 else rows, spec.n_active), I32)
         # for the rows of a micro-batch, one node after another
         rows = sizes.part_rows
-        self._qkv, self._projected = empty((rows, heads + 2 * kv_heads, dim), F32), empty((rows, spec.hidden), F32)
+        self._qkv, self.projected = empty((rows, heads + 2 * kv_heads, dim), F32), empty((rows, spec.hidden), F32)
         self._router_logits = empty((rows, spec.n_experts), F32)
         self._expert_hidden = empty((rows * spec.n_active, spec.intermediate), U16)
         self._expert_out = empty((rows * spec.n_active, spec.hidden), F32)
         n_partials = launches.partial_floats(rows, heads, dim, sizes.n_positions) if self._near_kv else 0
         self._partials = empty((n_partials,), F32)
-        self._ones = self.upload(np.ones((rows, 1), F32))
+        self.ones = self.upload(np.ones((rows, 1), F32))
         counts = np.arange(max(rows, HEAD_ROWS) + 1, dtype=I32)
         self._bounds = self.upload(np.stack([np.zeros_like(counts), counts], axis=1).reshape(-1))
-        self.head = Head(self, weights)
+        matrix = target.head.matrix if target else self.addressed(weights.dense("lm_head"))
+        self.head: Head = Head(self, weights, matrix)
+        self.entry = Entry(self, weights) if target else None
         self._place(weights, resident, on_host)
 
     # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -206,7 +211,9 @@ class GpuModel:
 
         def run(stream: Stream) -> None:
             if layer == 0:
-                launch(stream, launches.embed(tokens[mine], self._embedding, x))
+                launch(stream, launches.embed(tokens[mine], self.embedding, x))
+                if self.entry:
+                    self.entry.compute(stream, mine)
             else:
                 self.add_host_experts(stream, layer - 1, part)
             launch(stream, launches.rmsnorm(x, norms["input_norm"], self.spec.rms_eps, normed))
@@ -272,13 +279,13 @@ class GpuModel:
 
     def _post_attention(self, layer: int, number: int, part: Part) -> Work:
         launch, mine, m = self.device.launch, slice(part.first, part.last), part.last - part.first
-        x, normed, projected = self.x[mine], self.normed[mine], self._projected[:m]
+        x, normed, projected = self.x[mine], self.normed[mine], self.projected[:m]
         logits, index = self._router_logits[:m], self.index[mine]
         matrices, n_experts = self._matrices[layer], self.spec.n_experts
 
         def run(stream: Stream) -> None:
             self.linear(stream, self._attended[mine].reshape(m, -1), matrices["o"], projected)
-            launch(stream, launches.combine(x, projected, self._ones[:m]))
+            launch(stream, launches.combine(x, projected, self.ones[:m]))
             launch(stream, launches.rmsnorm(x, self._norms[layer]["post_norm"], self.spec.rms_eps, normed))
             self.linear(stream, normed, matrices["router"], logits)
             launch(stream, launches.route(logits, n_experts, index, self._weight[mine], self.spec.renormalise))
@@ -333,7 +340,7 @@ class GpuModel:
         """To the residual stream, where a layer has any."""
         if self.experts[layer].on_host:
             mine = slice(part.first, part.last)
-            ones = self._ones[: part.last - part.first]
+            ones = self.ones[: part.last - part.first]
             self.device.launch(stream, launches.combine(self.x[mine], self._host_sum[mine], ones))
 
     def _resident_experts(self, layer: int, number: int, part: Part) -> Work | None:

@@ -62,6 +62,7 @@ class GpuTarget:
             min(spec.max_positions, decode.context_tokens),
         )
         self._runs = GpuExecutor(weights, device, placement, room, decode.micro_batches, n_threads, timed=True)
+        self.model = self._runs.model
         self.experts_used = float(np.mean([spec.n_experts - len(layer) for layer in on_host]))
         self.uses: list[dict[int, int]] = []  # routing stays on the GPU
         self.routing_log: list[np.ndarray] | None = None
@@ -90,3 +91,7 @@ class GpuTarget:
     def choose(self, rows: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """See Model."""
         return self._runs.choose(rows, logits)
+
+    def features(self, n_rows: int) -> np.ndarray:
+        """See Model; they stay valid."""
+        return self._runs.features(np.arange(n_rows))

@@ -21,7 +21,8 @@ class GpuWeights(Protocol):
         """Its shape."""
 
     def dense(self, name: str) -> np.ndarray:
-        """embedding (vocab, H) bf16; norms float32; lm_head and layers.N.{qkv, o, router} as `pack_linear` has them."""
+        """embedding (vocab, H) bf16; norms float32, empty where there is none; lm_head and layers.N.{qkv, o, router} as `pack_linear`
+        has them. An EAGLE head has fc.{embedding, feature} so, and fc.bias (1, H) bf16, but neither embedding nor lm_head."""
 
     def expert(self, layer: int, expert: int, out: np.ndarray) -> None:
         """As `pack_expert` has it, (3 I H,) bf16."""
@@ -30,8 +31,8 @@ class GpuWeights(Protocol):
         """As kernels/cpu has it, (packed_expert_bytes,) uint8."""
 
 
-def check_runs_on_gpu(spec: Spec) -> None:
-    """Raises MissingCapability for what the CUDA kernels do not compute."""
+def check_runs_on_gpu(spec: Spec, is_head: bool = False) -> None:
+    """Raises MissingCapability for what the CUDA kernels do not compute. `is_head`: an EAGLE head."""
     for holds, what in (
         (spec.architecture in ARCHITECTURES, f"{spec.architecture} models (only {' and '.join(ARCHITECTURES)})"),
         (spec.precision == "bf16", "fp32"),
@@ -39,7 +40,7 @@ def check_runs_on_gpu(spec: Spec) -> None:
         (not spec.qkv_bias and not spec.n_sliding_layers, "biases and sliding windows"),
         (spec.head_dim in HEAD_DIMS, f"heads of {spec.head_dim} (only {', '.join(map(str, HEAD_DIMS))})"),
         (spec.hidden % DEPTH == 0 == spec.intermediate % DEPTH, f"sizes that are no multiple of {DEPTH}"),
-        (spec.n_layers > 1, "a single layer"),
+        (spec.n_layers > 1 or is_head, "a single layer"),
     ):
         if not holds:
             raise MissingCapability(
@@ -99,3 +100,28 @@ class CheckpointWeights:
         out = np.empty(packed_expert_bytes(self.spec.hidden, self.spec.intermediate), np.uint8)
         pack_expert(*self._checkpoint.expert(layer, expert, "bf16"), out)
         return out
+
+
+class EagleWeights(CheckpointWeights):
+    """Of an EAGLE head's folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        from specmoeoff.runtime.drafters.eagle import EagleCheckpoint
+
+        self._checkpoint = EagleCheckpoint(folder)
+        self.spec = self._checkpoint.spec
+        check_runs_on_gpu(self.spec, is_head=True)
+
+    def dense(self, name: str) -> np.ndarray:
+        """See GpuWeights."""
+        from specmoeoff.runtime.drafters.eagle import INPUT_NORM
+
+        read, hidden = self._checkpoint, self.spec.hidden
+        if name == "norm" or (name == "layers.0.input_norm" and INPUT_NORM not in read.places):
+            return np.empty(0, np.float32)
+        if name == "fc.bias":
+            return read.tensor_bf16(name)[None] if name in read.places else np.zeros((1, hidden), np.uint16)
+        if name.startswith("fc."):
+            of_embedding, of_feature = np.split(read.tensor_bf16("fc.weight"), 2, axis=1)
+            return pack_linear(of_embedding if name == "fc.embedding" else of_feature)
+        return super().dense(name)

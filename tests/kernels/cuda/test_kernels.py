@@ -197,6 +197,8 @@ def test_rmsnorm_matches_float64(host: Host) -> None:
     some, rows = np.full((2, 100), NAN, np.uint16), np.array([5, 2], np.int32)
     host.run(launches.rmsnorm(x, weight, 1e-5, some, rows))
     assert np.array_equal(some, out[rows])
+    host.run(launches.rmsnorm(x, weight[:0], 1e-5, some, rows))
+    close(reference.bf16_to_f64(some), x[rows], BF16_EPS)
 
 
 class Cache:

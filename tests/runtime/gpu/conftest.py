@@ -1,6 +1,7 @@
 """Tiny models with heads that the CUDA kernels can take, and GPUs: played by a CPU, by a stand-in for CuPy, and real."""
 
 import ctypes
+import json
 import shutil
 import sys
 import types
@@ -39,6 +40,54 @@ def qwen3_for_gpu(save_model: Callable[..., Path]) -> Path:
 @pytest.fixture
 def llama_for_gpu(save_model: Callable[..., Path]) -> Path:
     return save_model("llama", head_dim=64)
+
+
+def silence(tensors: dict[str, Any], *ends: str) -> None:
+    """Those named so are zero."""
+    for name in tensors:
+        if name.endswith(ends):
+            tensors[name] = tensors[name] * 0
+
+
+@pytest.fixture
+def idle_mixtral_for_gpu(save_model: Callable[..., Path]) -> Path:
+    """The token after each is the one whose output row is most like its embedding: the layers add nothing."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model("mixtral", head_dim=64, initializer_range=0.15)
+    tensors = load_file(folder / "model.safetensors")
+    silence(tensors, "o_proj.weight", "w2.weight")
+    tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def head_for_gpu(llama_for_gpu: Path, tmp_path: Path) -> Callable[..., Path]:
+    """make(*left out, idle=False): a head for the Mixtral, a Llama's first layer after a random linear map, without tensors that are
+    optional; `idle`: its state is the token's embedding."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def make(*left_out: str, idle: bool = False) -> Path:
+        config = json.loads((llama_for_gpu / "config.json").read_text())
+        hidden = config["hidden_size"]
+        tensors = {n.removeprefix("model."): t for n, t in load_file(llama_for_gpu / "model.safetensors").items()}
+        tensors = {n: t for n, t in tensors.items() if n.startswith("layers.0.")}
+        torch.manual_seed(0)
+        for name, shape in (("fc.weight", (hidden, 2 * hidden)), ("fc.bias", (hidden,))):
+            tensors[name] = (torch.randn(shape) * 0.15).bfloat16()
+        if idle:
+            silence(tensors, "o_proj.weight", "down_proj.weight", "fc.bias")
+            tensors["fc.weight"] = torch.eye(hidden, 2 * hidden).bfloat16()
+        folder = tmp_path / "head"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        save_file({n: t for n, t in tensors.items() if n not in left_out}, folder / "model.safetensors")
+        return folder
+
+    return make
 
 
 @pytest.fixture(params=["mixtral_for_gpu", "qwen3_for_gpu"])

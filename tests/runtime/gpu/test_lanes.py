@@ -13,12 +13,14 @@ from specmoeoff.kernels.cpu import Kernels
 from specmoeoff.kernels.cuda.on_cpu import Host
 from specmoeoff.runtime.gpu import execute
 from specmoeoff.runtime.gpu.device import CupyDevice, Device
+from specmoeoff.runtime.gpu.draft import GpuEagle
 from specmoeoff.runtime.gpu.execute import GpuExecutor, Placement, Room
 from specmoeoff.runtime.gpu.rehearsal import Race, RehearsalDevice
-from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.gpu.weights import CheckpointWeights, EagleWeights
 from specmoeoff.runtime.model import Model
 from specmoeoff.runtime.pack import pack_model
 from specmoeoff.runtime.rows import Rows, make_rows
+from specmoeoff.specs.plan import PlanDecode
 
 N_EXPERTS, N_LAYERS = {"mixtral": 5, "qwen3_moe": 6}, 3
 # requests by micro-batch: (new tokens, old ones, their keys and values in GPU memory)
@@ -188,6 +190,26 @@ def test_memory_grows_with_rows_as_planned(mixtral_for_gpu: Path) -> None:
             sides = bool(near), bool(far), place == "everywhere"
             planned = activation_bytes(weights.spec, np.float64(600), np.float64(300), *sides, 128)[0]
             assert 0 <= found - planned <= 600 * 36
+
+
+def test_memory_of_an_eagle_head_grows_with_rows_as_planned(
+    mixtral_for_gpu: Path, head_for_gpu: Callable[..., Path]
+) -> None:
+    """Also 4 bytes a row that look up the bias."""
+    decode = PlanDecode(
+        drafter="eagle", draft_length=2, batch=4, micro_batches=1, context_tokens=128, prefill_chunk_tokens=8
+    )
+
+    def bytes_of(rows: int) -> int:
+        device = RehearsalDevice()
+        target = GpuExecutor(weights, device, PLACES["streamed"], ROOM, 2, n_threads=1).model
+        GpuEagle(head, target, decode, n_near=2, max_rows=rows, n_threads=1)
+        return device.memory_bytes
+
+    with Remembered(mixtral_for_gpu) as weights, EagleWeights(head_for_gpu()) as head:
+        found, rows = bytes_of(1200) - bytes_of(600), np.float64(600)
+        planned = activation_bytes(head.spec, rows, rows, True, True, False, 128)[0] + rows * 2 * head.spec.hidden
+        assert 0 <= found - planned <= rows * 40
 
 
 def test_more_rows_than_there_is_room_for_are_refused(mixtral_for_gpu: Path) -> None:

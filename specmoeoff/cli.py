@@ -517,7 +517,6 @@ def tune(
         )
         only_without_gpu = {
             "--trace": trace,
-            "--draft eagle:HEAD": found is not None and found.drafter == "eagle",
             "--kv-tokens": kv_tokens,
             "--precision fp32": precision == "fp32",
             "--experts": experts,

@@ -103,15 +103,16 @@ def make_problem(
     request_tokens: int | None,
     longest_draft: int,
     draft: ModelSpec | None = None,
+    drafter: DrafterName = "model",
 ) -> Problem:
-    """The problem of a model under a workload; `draft`: a dense model, which drafts instead of a published EAGLE head. Raises
-    BadInput where the workload is another model's."""
+    """The problem of a model under a workload; `draft`: a dense model or, by `drafter`, an EAGLE head, which drafts instead of one
+    as published. Raises BadInput where the workload is another model's."""
     if workload.model_fingerprint not in (None, spec.fingerprint):
         raise BadInput(
             f"workload {workload.name} was measured on model {workload.model_name}, not on {spec.name}; take a published one."
         )
     drafts = [Draft("none", 0, 0, 1.0)]
-    for name in ("model" if draft else "eagle", "ngram"):
+    for name in (drafter if draft else "eagle", "ngram"):
         rates = workload.acceptance[name].conditional if name in workload.acceptance else ()
         for k in range(1, min(len(rates), longest_draft) + 1):
             drafts.append(Draft(name, k, k if name != "ngram" else 0, expected_tokens(rates, k)))  # type: ignore[arg-type]

@@ -90,11 +90,13 @@ def tiers(problem: Problem, choices: Choices) -> Tiers:
         whole = any(d.drafter == "model" for d in problem.drafts)
         params = gpu_dense_params(head) + head.n_layers * head.expert_params if whole else draft_params(head)
         fast["draft_weights"] = (steps > 0) * float(params * BF16_BYTES)
-        if whole:  # a model of its own has activations and logits of its own (runtime/gpu/draft.py)
-            near, far = choices.draft_kv_share > 0, choices.draft_kv_share < 1
-            on_gpu, staging = activation_bytes(head, rows, rows, near, far, np.zeros(n), problem.request_tokens)
-            fast["draft_activations"] = (steps > 0) * (on_gpu + HEAD_ROWS * head.vocab * FP32_BYTES)
-            host["draft_staging"] = (steps > 0) * staging
+        # A head too has activations and logits of its own (runtime/gpu/draft.py), and takes the target's features, which the host keeps.
+        near, far = choices.draft_kv_share > 0, choices.draft_kv_share < 1
+        on_gpu, staging = activation_bytes(head, rows, rows, near, far, np.zeros(n), problem.request_tokens)
+        feature = (not whole) * BF16_BYTES * head.hidden
+        fast["draft_activations"] = (steps > 0) * (on_gpu + rows * feature + HEAD_ROWS * head.vocab * FP32_BYTES)
+        host["draft_staging"] = (steps > 0) * (staging + rows * feature)
+        host["draft_features"] = (steps > 0) * batch * problem.request_tokens * feature
         fast["draft_kv"] = choices.draft_kv_share * draft_kv
         host["draft_kv"] = (1 - choices.draft_kv_share) * draft_kv
     return {"fast": fast, "host": host}

@@ -84,8 +84,7 @@ class GpuTuner:
         if r.context_tokens and r.context_tokens > r.model.max_positions:
             raise BadInput(f"--context {r.context_tokens}: this model has 1 to {r.model.max_positions} positions.")
         self.limits = {"fast": r.fast_memory_bytes, "host": r.host_memory_bytes}
-        draft = r.draft if r.drafter == "model" else None
-        self.problem = make_problem(r.model, r.workload, r.context_tokens, LONGEST_DRAFT, draft)
+        self.problem = make_problem(r.model, r.workload, r.context_tokens, LONGEST_DRAFT, r.draft, r.drafter)
         self.space = GpuSpace(self.problem, self.limits, r.batch)
         self.estimator = GpuEstimator(self.problem, replace(rates_of(r.profile), scales=r.scales))
 
@@ -205,7 +204,7 @@ class GpuTuner:
         drafter = self.problem.drafts[int(best.draft[0])].drafter
         if drafter != "none":
             assumptions.append(f"acceptance of {drafter}: {r.workload.acceptance[drafter].provenance}")
-        if drafter == "eagle":
+        if drafter == "eagle" and r.draft is None:
             assumptions.append("the EAGLE head is sized like the published one of Mixtral-8x7B")
         if r.profile.kind == "datasheet":
             assumptions += [f"{name} {stated.value:g}: {stated.source}" for name, stated in ASSUMPTIONS.items()]
@@ -309,8 +308,7 @@ class GpuTuner:
             curve.append(CurvePoint(draft_length=length, drafter=drafter, prediction=self.predict(one)))
         draft, head = None, self.problem.head
         if chosen.decode.drafter in ("eagle", "model") and head is not None:
-            source = (r.draft_source or "") if chosen.decode.drafter == "model" else ""
-            draft = PlanModel(source=source, name=head.name, fingerprint=head.fingerprint)
+            draft = PlanModel(source=r.draft_source or "", name=head.name, fingerprint=head.fingerprint)
         return Plan(
             model=PlanModel(
                 source=r.model_source,

@@ -111,8 +111,9 @@ class GpuValidator:
     def _ran(self, name: str, part: PlainPlan) -> Ran:
         opened, windows, done = self.opened, [], 0
         total = sum(r.max_tokens for r in self.requests)
+        draft = opened.draft if part.decode.draft_length else None
         with Engine(
-            opened.target, opened.draft, part.decode, part.experts, part.threads, gpu=part.gpu, device=self.device
+            opened.target, draft, part.decode, part.experts, part.threads, gpu=part.gpu, device=self.device
         ) as engine:
             engine.submit(self.requests)
             for window in engine.run(name):
@@ -170,9 +171,10 @@ class GpuValidator:
     def _estimator(self, ran: Ran) -> tuple[GpuEstimator, Choices]:
         """Prices of the part as it ran: with the requests that decoded, and the tokens that they kept."""
         decode, experts, gpu, windows = ran.part.decode, ran.part.experts, ran.part.gpu, ran.steady
-        draft = self.opened.draft.spec if decode.drafter == "model" and self.opened.draft else None
+        draft = self.opened.draft.spec if decode.drafter in ("model", "eagle") and self.opened.draft else None
         longest = max(1, decode.draft_length)
-        problem = make_problem(self.opened.target.spec, self.workload, decode.context_tokens, longest, draft)
+        spec = self.opened.target.spec
+        problem = make_problem(spec, self.workload, decode.context_tokens, longest, draft, decode.drafter)
         drafts = [d for d in problem.drafts if (d.drafter, d.length) == (decode.drafter, decode.draft_length)]
         if not drafts:
             raise AnswerIsNo(

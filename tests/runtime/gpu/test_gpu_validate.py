@@ -13,10 +13,10 @@ from specmoeoff.profiles import find
 from specmoeoff.roofline.profile import machine
 from specmoeoff.runtime.gpu.device import Device
 from specmoeoff.runtime.gpu.validate import GpuValidator
-from specmoeoff.runtime.gpu.weights import CheckpointWeights
+from specmoeoff.runtime.gpu.weights import CheckpointWeights, EagleWeights
 from specmoeoff.runtime.loading import Opened
 from specmoeoff.runtime.sequence import Request
-from specmoeoff.specs.plan import Plan
+from specmoeoff.specs.plan import DrafterName, Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import RunRecord
 from specmoeoff.specs.workload import Acceptance, Workload
@@ -77,15 +77,23 @@ def test_output_and_memory_hold_and_what_was_measured_refits_the_prices(
     assert tune(replace(request_of, scales=scales)).predicted.window_s != plan.predicted.window_s
 
 
-def test_a_plan_with_a_dense_draft_is_validated(
-    request_of: TuneRequest, llama_for_gpu: Path, make_device: Callable[[int], Device]
+@pytest.mark.parametrize("drafter", ["model", "eagle"])
+def test_a_plan_with_a_draft_is_validated(
+    request_of: TuneRequest,
+    llama_for_gpu: Path,
+    head_for_gpu: Callable[..., Path],
+    make_device: Callable[[int], Device],
+    drafter: DrafterName,
 ) -> None:
     often = Acceptance(conditional=(0.95,) * 2, n_rounds=0, provenance="said")
-    behaviour = request_of.workload.model_copy(update={"acceptance": {"model": often}})
-    with CheckpointWeights(llama_for_gpu) as draft:
-        asked = replace(request_of, workload=behaviour, draft=draft.spec, draft_source=str(llama_for_gpu))
+    behaviour = request_of.workload.model_copy(update={"acceptance": {drafter: often}})
+    folder = llama_for_gpu if drafter == "model" else head_for_gpu()
+    with (EagleWeights if drafter == "eagle" else CheckpointWeights)(folder) as draft:
+        asked = replace(request_of, workload=behaviour, draft=draft.spec, draft_source=str(folder), drafter=drafter)
         plan = tune(asked)
-        assert plan.decode.drafter == "model"
+        assert plan.decode.drafter == drafter
+        assert plan.draft
+        assert plan.draft.source == str(folder)
         record = validated(plan, asked, make_device(0), draft)
     assert record.lossless
     assert {n.draft_length for n in record.nodes} == {0, plan.decode.draft_length}

@@ -60,13 +60,16 @@ def busy(n: int, seconds: float) -> Iterator[None]:
 
 @pytest.mark.alone
 def test_a_busy_machine_is_noticed_and_its_peak_found_all_the_same() -> None:
+    def clock_ghz() -> float:
+        return max(cpu.clock_ghz() for _ in range(5))
+
     tally = Tally()
-    before = best("fp32_fma")
-    with busy(2 * len(os.sched_getaffinity(0)), 3.0):
+    # By the clock of the moment: where other guests heat the package, it moves by itself.
+    alone = best("fp32_fma") / clock_ghz()
+    with busy(2 * len(os.sched_getaffinity(0)), 4.0):
         roofs, _ = cpu.peaks([1], tally)
-    beside = next(r.rate.value for r in roofs if r.name == "fp32_fma")
-    # The clock itself moves by more than that from one minute to another.
-    assert min(abs(beside / alone - 1) for alone in (before, best("fp32_fma"))) < 0.03
+        beside = next(r.rate.value for r in roofs if r.name == "fp32_fma") / clock_ghz()
+    assert beside == pytest.approx(alone, rel=0.03)
     assert tally.waited_share > cpu.CONTENDED_SHARE
 
 

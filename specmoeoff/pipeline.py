@@ -47,7 +47,7 @@ class ExpertUse:
 class Node(NamedTuple):
     """A piece of work on one lane. `deps` are node indices that must end first."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     window: int
     name: str
     kind: NodeKind

@@ -30,7 +30,7 @@ def test_a_tuned_plan_can_run(plan: Plan, target_spec: ModelSpec) -> None:
     [
         (lambda p: changed(p, "decode", context_tokens=9000), "context_tokens exceeds 8192"),
         (lambda p: changed(p, "decode", drafter="none"), "drafter and draft_length disagree"),
-        (lambda p: changed(p, "experts", prefetch=p.experts.prefetch[:-1]), "prefetch must name 30 layers"),
+        (lambda p: changed(p, "experts", prefetch=p.experts.prefetch[:-1]), "prefetch must name 10 layers"),
         (lambda p: changed(p, "experts", prefetch=layers(p, 3, (1, 8))), "layer 3 names one it does not have"),
         (lambda p: changed(p, "experts", prefetch=layers(p, 3, (-1,))), "layer 3 names one it does not have"),
         (lambda p: changed(p, "experts", prefetch=layers(p, 4, (7, 7))), "layer 4 names an expert twice"),

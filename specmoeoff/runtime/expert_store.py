@@ -198,13 +198,13 @@ class ExpertStore:
             if load.state == DONE:
                 self._lane.free_slots.append(load.slot)
             load.state = DROPPED
-            self._change.notify_all()
+            self._wake_readers()
 
     def release(self, load: Load) -> None:
         """The expert was computed; its slot is free."""
         with self._change:
             self._lane.free_slots.append(load.slot)
-            self._change.notify_all()
+            self._wake_readers()
 
     def wait_any(self, loads: Sequence[Load]) -> Load:
         """The first of `loads` that has arrived or failed, in their order."""

@@ -52,11 +52,11 @@ def _spec(name: str, n_experts: int) -> ModelSpec:
 def _tables(spec: ModelSpec, gflop_per_s: float = 300.0, gb_per_s: float = 35.0) -> list[OperatorTable]:
     """Roof-shaped times: the larger of FLOPs over peak and bytes over bandwidth, and ten microseconds."""
     rows = (1.0, 16.0, 64.0, 256.0, 512.0)
+    experts, blocks = ("expert", "experts", "layers.experts"), ("attention_block", "layers.attention_block")
     params = {
-        "expert": spec.expert_params,
-        "experts": spec.expert_params,
+        **dict.fromkeys(experts, spec.expert_params),
+        **dict.fromkeys(blocks, spec.attention_params),
         "dense_layer": spec.attention_params + spec.expert_params,
-        "attention_block": spec.attention_params,
         "head": spec.vocab * spec.hidden,
         "combine": spec.hidden,
     }

@@ -11,8 +11,11 @@ from specmoeoff.specs.profile import HardwareProfile, OperatorTable
 from specmoeoff.specs.record import RunRecord
 
 OPERATORS = {
-    "attention": ("attention_block", "dense_block", "attention", "window_attention"),
-    "experts": ("experts", "expert", "combine"),
+    "attention": (
+        *("attention_block", "dense_block", "attention", "window_attention"),
+        *("layers.attention_block", "layers.dense_block"),
+    ),
+    "experts": ("experts", "expert", "combine", "layers.experts"),
     "head": ("head",),
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.memory import expert_stride
-from specmoeoff.estimate.tables import OperatorTimes, find_table, layer_operators, wake_s
+from specmoeoff.estimate.tables import OperatorTimes, find_table, has_table, layer_operators, wake_s
 from specmoeoff.pipeline import Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
@@ -37,17 +37,37 @@ class ModelTimes:
         def table(operator: str) -> OperatorTimes:
             return find_table(profile, operator, spec.shape_key, n_threads, disk_share)
 
-        self.spec = spec
-        self.head, self.combine = table("head"), table("combine")
+        self.spec, self.head = spec, table("head")
+        self.layers = [layer_operators(spec, layer) for layer in range(spec.n_layers)]
+        self._attention = {name: table(name) for name in {attention for _, attention in self.layers}}
         if spec.n_experts == 1:
             self.dense_layer = table("dense_layer")
-        self.layers = [layer_operators(spec, layer) for layer in range(spec.n_layers)]
-        self._attention = {name: table(name) for name in dict.fromkeys(name for layer in self.layers for name in layer)}
-        self.expert, self.experts = table("expert"), table("experts")
+        self._combine, self._expert, self._experts = table("combine"), table("expert"), table("experts")
+        blocks = {block for block, _ in self.layers}
+        self._block = {name: table(name) for name in blocks}
+        # In a run of layers that are all in memory; not measured by early versions.
+        self._run_block, self._run_experts = self._block, None
+        if has_table(profile, "layers.experts", spec.shape_key, n_threads):
+            self._run_block = {name: table(f"layers.{name}") for name in blocks}
+            self._run_experts = table("layers.experts")
 
-    def block(self, layer: int, rows: float) -> float:
-        """One layer's attention block, with nothing in the KV cache."""
-        return self._attention[self.layers[layer][0]](rows)
+    def block(self, layer: int, rows: float, in_run: bool) -> float:
+        """One layer's attention block, with nothing in the KV cache; `in_run`: in a call of layers that are all in memory."""
+        name = self.layers[layer][0]
+        alone = self._block[name](rows)
+        return min(alone, self._run_block[name](rows)) if in_run else alone  # the same work less the calls
+
+    def expert_rows(self, rows: float, in_run: bool) -> float:
+        """An expert in memory on so many rows, and their share in the combination."""
+        alone = self._experts(rows) + rows * self._per_slot()
+        return min(alone, self._run_experts(rows)) if in_run and self._run_experts else alone
+
+    def streamed_expert(self, rows: float) -> float:
+        """An expert that was waited for on so many rows, and their share in the combination."""
+        return self._expert(rows) + rows * self._per_slot()
+
+    def _per_slot(self) -> float:
+        return self._combine(COMBINE_ROWS) / COMBINE_ROWS / self.spec.n_active
 
     def over_context(self, layer: int, requests: Sequence[RequestTokens]) -> float:
         """What one layer's attention to what is in the KV cache adds, over a ragged batch."""
@@ -91,20 +111,22 @@ class Prices:
     def seconds(self, graph: Graph) -> list[float]:
         """Of every node, all windows being equal; a load's is that of the whole expert."""
         window = graph.nodes[: graph.ends[0] + 1]
-        streams = any(node.kind == "load" for node in window)
-        return [self._load_s if node.lane == "disk" else self._price(node, streams) for node in window] * len(
-            graph.ends
-        )
+        streamed = {node.layer for node in window if node.kind == "load"}
+        return [
+            self._load_s if node.lane == "disk" else self._price(node, bool(streamed), node.layer not in streamed)
+            for node in window
+        ] * len(graph.ends)
 
     def compute_floor(self, graph: Graph) -> tuple[float, float]:
         """Seconds of drafting, and of everything on the compute lane, whatever is resident and whatever runs beside."""
-        lane = [(node.kind, self._price(node, False)) for node in graph.nodes if node.lane == "cpu"]
+        lane = [(node.kind, self._price(node, False, True)) for node in graph.nodes if node.lane == "cpu"]
         return sum(s for kind, s in lane if kind == "draft"), sum(s for _, s in lane)
 
-    def _price(self, node: Node, streams: bool) -> float:
+    def _price(self, node: Node, streams: bool, in_run: bool) -> float:
         uses = tuple([(u.rows, u.probability) for u in node.experts])
         key = (
             streams,
+            in_run,
             node.kind,
             self._times[streams][0].layers[node.layer],
             node.rows,
@@ -114,17 +136,18 @@ class Prices:
         )
         if key not in self._memo:
             rows = max((u.rows for u in node.experts), default=node.rows)
-            self._memo[key] = self._operator(node, *self._times[streams]) * self._calibration.scale(rows)
+            self._memo[key] = self._operator(node, in_run, *self._times[streams]) * self._calibration.scale(rows)
         return self._memo[key]
 
-    def _operator(self, node: Node, target: ModelTimes, draft: ModelTimes | None = None) -> float:
+    def _operator(self, node: Node, in_run: bool, target: ModelTimes, draft: ModelTimes | None = None) -> float:
         match node.kind:
             case "attention":
-                return target.block(node.layer, node.rows) + target.over_context(node.layer, node.requests)
-            case "experts" | "expert":
-                per_slot = target.combine(COMBINE_ROWS) / COMBINE_ROWS / target.spec.n_active
-                seconds = target.expert if node.kind == "expert" else target.experts
-                return sum(u.probability * (seconds(u.rows) + u.rows * per_slot) for u in node.experts)
+                over_context = target.over_context(node.layer, node.requests)
+                return target.block(node.layer, node.rows, in_run) + over_context
+            case "experts":
+                return sum(u.probability * target.expert_rows(u.rows, in_run) for u in node.experts)
+            case "expert":
+                return sum(u.probability * target.streamed_expert(u.rows) for u in node.experts)
             case "head":
                 return target.head(node.rows)
             case "draft":

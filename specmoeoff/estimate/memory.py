@@ -117,7 +117,7 @@ def kv_bytes(spec: ModelSpec, decode: PlanDecode) -> int:
 
 def workspace_bytes(spec: ModelSpec, max_rows: int, n_positions: int) -> int:
     """Activations of a pass and the rotary tables."""
-    activations = max_rows * (spec.hidden * (4 + 2 * HALVES[spec.precision]) + spec.n_active * (8 + spec.hidden * 4))
+    activations = max_rows * (spec.hidden * (4 + 2 * HALVES[spec.precision]) + spec.n_active * (12 + spec.hidden * 4))
     return activations + n_positions * (spec.rope_head_dim or spec.head_dim) * 4
 
 

@@ -95,6 +95,11 @@ def find_table(
     )
 
 
+def has_table(profile: HardwareProfile, operator: str, shape: str, n_threads: int) -> bool:
+    """Whether an operator was measured at a model's shape."""
+    return any((t.operator, t.shape, t.n_threads) == (operator, shape, n_threads) for t in profile.operators)
+
+
 def wake_s(profile: HardwareProfile, shape: str, n_threads: int) -> Callable[[float], float]:
     """What the first operator after a wait of so many seconds takes longer; nothing where that was not measured."""
     for table in profile.operators:

@@ -8,8 +8,9 @@ import numpy as np
 from specmoeoff.estimate.memory import expert_activation, layer_arrays, layer_shape
 from specmoeoff.kernels.cpu import (
     ACTIVATION,
-    DenseStack,
+    ExpertTable,
     Kernels,
+    LayerStack,
     LayerWeights,
     aligned_empty,
 )
@@ -29,6 +30,7 @@ class Workspace:
         self.expert_index = array_of((max_rows, spec.n_active), np.int32)
         self.expert_weight = array_of((max_rows, spec.n_active), np.float32)
         self.expert_out = array_of((max_rows * spec.n_active, spec.hidden), np.float32)
+        self.slots = array_of((max_rows * spec.n_active,), np.int32)
 
 
 def array_of(shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -88,13 +90,47 @@ class Model:
             work.expert_weight[part],
         )
 
-    def routing(self, n_rows: int) -> dict[int, np.ndarray]:
-        """Which (row, rank) slots chose each expert, ascending: {expert: int32 array}."""
-        chosen = self.work.expert_index[:n_rows].reshape(-1)
-        order = np.argsort(chosen, kind="stable").astype(np.int32)
-        counts = np.bincount(chosen, minlength=self.spec.n_experts)
-        ends = np.cumsum(counts)
-        return {int(e): order[ends[e] - counts[e] : ends[e]] for e in np.flatnonzero(counts)}
+    def stack(self, packed: Sequence[Mapping[int, np.ndarray]]) -> LayerStack:
+        """All layers, packed[layer][expert] being in memory."""
+        tables = [
+            self._table(layer, experts) if self.spec.n_experts_of(layer) else None
+            for layer, experts in enumerate(packed)
+        ]
+        return LayerStack(self._layers, tables)
+
+    def _table(self, layer: int, packed: Mapping[int, np.ndarray]) -> ExpertTable:
+        return ExpertTable(
+            self._layers[layer].shape,
+            [packed.get(expert) for expert in range(self.spec.n_experts)],
+            self.spec.packed_format,
+            [*self._expert_biases[layer]] if self._expert_biases else None,
+            expert_activation(self.spec),
+        )
+
+    def layers(self, stack: LayerStack, parts: Sequence[Rows], first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Layers that begin with the `first`, all their experts in memory, over rows that begin with row 0; returns what
+        `Kernels.layers` does."""
+        n, work = parts[-1].last, self.work
+        batches, pages = [rows.batch for rows in parts], self.kv.pages[first : first + len(stack.layers)]
+        return self._kernels.layers(
+            stack, batches, work.x[:n], pages, work.normed[:n], *self._routes(n), *self._outputs(n)
+        )
+
+    def feed_forward(self, table: ExpertTable, n_rows: int) -> dict[int, np.ndarray]:
+        """The experts in memory, and `combine` if that is all that rows chose. Returns which (row, rank) slots chose each
+        expert, ascending: {expert: int32 array}, valid until the next pass."""
+        work = self.work
+        used, start = self._kernels.feed_forward(
+            table, work.normed[:n_rows], *self._routes(n_rows), work.x[:n_rows], *self._outputs(n_rows)
+        )
+        return {e: work.slots[start[i] : start[i + 1]] for i, e in enumerate(used)}
+
+    def _routes(self, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.work.expert_index[:n_rows], self.work.expert_weight[:n_rows]
+
+    def _outputs(self, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        n_slots = n_rows * self.spec.n_active
+        return self.work.expert_out[:n_slots], self.work.slots[:n_slots]
 
     def experts(
         self, layer: int, n_rows: int, packed: Mapping[int, np.ndarray], slots: Mapping[int, np.ndarray]
@@ -118,16 +154,6 @@ class Model:
         self._kernels.combine(
             work.x[:n_rows], work.expert_out[: n_rows * self.spec.n_active], work.expert_weight[:n_rows]
         )
-
-    def stack(self, packed: Sequence[np.ndarray]) -> DenseStack:
-        """This dense model's layers with their feed-forwards, for `dense_pass`."""
-        return DenseStack(self._layers, packed)
-
-    def dense_pass(self, stack: DenseStack, rows: Rows) -> None:
-        """All layers over rows that begin with row 0."""
-        n, work = rows.last, self.work
-        arrays = (work.normed[:n], work.expert_index[:n], work.expert_weight[:n], work.expert_out[:n])
-        self._kernels.dense_pass(stack, rows.batch, work.x[:n], self.kv.pages, *arrays)
 
     def features(self, n_rows: int) -> np.ndarray:
         """What the head sees of the pass's rows, (n_rows, hidden) bf16; valid until the next pass."""

@@ -98,8 +98,11 @@ class Draw(random.Random):
             else self.array(np.uint8, n_bytes)
         )
 
-    def expert(self, hidden: int, intermediate: int) -> np.ndarray:
-        return self.array(np.uint8, cpu.packed_expert_bytes(hidden, intermediate))
+    def expert(self, hidden: int, intermediate: int, precision: str = "bf16") -> np.ndarray:
+        n_bytes = cpu.packed_expert_bytes(hidden, intermediate, precision)
+        if precision == "fp32":
+            return self.array(np.float32, n_bytes // 4).view(np.uint8)
+        return self.array(np.uint8, n_bytes)
 
     def kernels(self, precision: str = "bf16") -> Kernels:
         n_threads = 1 if self.random() < 0.97 else self.randint(2, 3)
@@ -312,16 +315,48 @@ def attention_block(d: Draw) -> Call:
     )
 
 
-def dense_pass(d: Draw) -> Call:
-    shape, batch, n = d.shape(1), d.batch(), d.randint(1, 2)
+def _table(d: Draw, shape: Call, complete: bool) -> Call:
     s = shape.arguments
-    weights = {
+    sizes = s["hidden"], s["intermediate"], s.get("precision", "bf16")
+    packed = [d.expert(*sizes) if complete or d.random() < 0.7 else None for _ in range(s["n_experts"])]
+    width = 2 * s["intermediate"] + s["hidden"]
+    biases = [d.array(np.float32, width) for _ in packed] if d.random() < 0.3 else None
+    return Call(cpu.ExpertTable, {"shape": shape, "packed": packed, "biases": biases})
+
+
+def _outputs(d: Draw, shape: Call, m: int) -> dict[str, np.ndarray]:
+    n_slots = m * shape.arguments["n_active"]
+    return {"expert_out": d.array(np.float32, n_slots, shape.arguments["hidden"]), "slots": d.array(np.int32, n_slots)}
+
+
+def feed_forward(d: Draw) -> Call:
+    shape, batch = d.any_shape(d.choice((1, 4, 65))), d.batch()
+    arrays = _rows_of(d, shape.arguments, batch)
+    index, s = arrays["expert_index"], shape.arguments
+    index[:] = np.random.default_rng(d.randrange(1 << 30)).integers(0, s["n_experts"], index.shape)
+    return Call(
+        d.kernels(s.get("precision", "bf16")).feed_forward,
+        {"table": _table(d, shape, False), **arrays, **_outputs(d, shape, len(index))},
+    )
+
+
+def layers(d: Draw) -> Call:
+    shape, batches = d.any_shape(d.choice((1, 4))), [d.batch()]
+    n = d.randint(1, 2)
+    stack = {
         "layers": [d.layer(shape) for _ in range(n)],
-        "experts": [d.expert(s["hidden"], s["intermediate"]) for _ in range(n)],
+        "experts": [_table(d, shape, True) if d.random() < 0.9 else None for _ in range(n)],
     }
-    arrays = {**d.pages(shape.run().kv, n), **_rows_of(d, s, batch)}
-    arrays["expert_out"] = np.empty_like(arrays["x"])
-    return Call(d.kernels().dense_pass, {"stack": Call(cpu.DenseStack, weights), "batch": batch, **arrays})
+    arrays = {**d.pages(shape.run().kv, n), **_rows_of(d, shape.arguments, batches[0])}
+    return Call(
+        d.kernels(shape.arguments.get("precision", "bf16")).layers,
+        {
+            "stack": Call(cpu.LayerStack, stack),
+            "batches": batches,
+            **arrays,
+            **_outputs(d, shape, len(arrays["x"])),
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -334,7 +369,8 @@ class Kernel:
     optional: tuple[str, ...] = ()
 
 
-_BLOCK = ("x", "pages", "normed", "expert_index", "expert_weight")
+_BLOCK, _SPACE = ("x", "pages", "normed", "expert_index", "expert_weight"), ("expert_out", "slots")
+_NOT_OF_EXPERTS = ("n_heads", "n_kv_heads", "head_dim")
 KERNELS = {
     "Kernels": Kernel(kernels, free=("n_threads",)),
     "scratch_bytes": Kernel(
@@ -361,7 +397,8 @@ KERNELS = {
     "append_kv": Kernel(append_kv, ("pages",), free=("n_heads",)),
     "verify_attention": Kernel(verify_attention, ("out", "log_sums")),
     "attention_block": Kernel(attention_block, _BLOCK, free=("intermediate",)),
-    "dense_pass": Kernel(dense_pass, (*_BLOCK, "expert_out")),
+    "feed_forward": Kernel(feed_forward, ("x", *_SPACE), free=_NOT_OF_EXPERTS, optional=("packed", "biases")),
+    "layers": Kernel(layers, (*_BLOCK, *_SPACE), optional=("packed", "biases", "experts")),
 }
 
 # ---- mutations: (draw, value, its siblings) -> another value, or SKIP where there is none ----------------------------------
@@ -519,6 +556,11 @@ OF_ARGUMENT: dict[str, dict[str, Mutation]] = {
         "negative": lambda d, a, s: np.append(a, np.int32(-1)),
         "out of range": lambda d, a, s: np.append(a, np.int32(d.choice((1 << 20, INT32_MAX)))),
         "a slot twice": _slot_twice,
+    },
+    "expert_index": {
+        "out of range": lambda d, a, s: (
+            _with(a, _any(d, a), d.choice((-1, 65, INT32_MAX, INT32_MIN))) if "table" in s else SKIP
+        )
     },
     "cosines": {"too few positions": _few_positions},
     "pages": {"other page size": lambda d, a, s: a[..., :-4].copy()},

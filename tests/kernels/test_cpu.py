@@ -1,6 +1,9 @@
 """Every CPU kernel against the NumPy reference, for every instruction set, and bit for bit against itself."""
 
+import itertools
 import os
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,38 +283,100 @@ def test_rolled_back_tokens_leave_no_trace(isa: str) -> None:
     assert all(np.array_equal(a, b[66:]) for a, b in zip(found, clean, strict=True))
 
 
-def make_dense(hidden: int, intermediate: int, n_layers: int) -> tuple[list[Layer], list[np.ndarray]]:
-    rng = np.random.default_rng(n_layers)
-    layers = [make_layer(6, 2, 16, hidden, 1, 1, intermediate) for _ in range(n_layers)]
+def make_experts(hidden: int, intermediate: int, n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(n)
     experts = []
-    for _ in range(n_layers):
+    for _ in range(n):
         gate, up = (bf16(rng, intermediate, hidden, scale=0.2) for _ in range(2))
         experts.append(cpu.aligned_empty(cpu.packed_expert_bytes(hidden, intermediate)))
         cpu.pack_expert(gate, up, bf16(rng, hidden, intermediate, scale=0.2), experts[-1])
-    return layers, experts
+    return experts
+
+
+def row_space(shape: cpu.LayerShape, n: int) -> tuple[np.ndarray, ...]:
+    """normed, expert_index, expert_weight, expert_out, slots."""
+    rows, slots = (n, shape.n_active), n * shape.n_active
+    index, weight = np.empty(rows, np.int32), np.empty(rows, np.float32)
+    out = np.full((slots, shape.hidden), np.nan, np.float32)
+    return np.empty((n, shape.hidden), np.uint16), index, weight, out, np.empty(slots, np.int32)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_dense_pass_is_its_layers_one_by_one(isa: str, threads: int) -> None:
-    rng = np.random.default_rng(threads)
-    layers, experts = make_dense(48, 72, 3)
+@pytest.mark.parametrize(("n_experts", "n_active"), [(1, 1), (5, 2)])
+def test_a_run_of_layers_is_its_operators_one_by_one(isa: str, threads: int, n_experts: int, n_active: int) -> None:
+    rng, n_layers = np.random.default_rng(threads), 3
+    layers = [make_layer(6, 2, 16, 48, n_experts, n_active, 72) for _ in range(n_layers)]
+    experts = make_experts(48, 72, n_experts)
+    biases = [rng.standard_normal(2 * 72 + 48).astype(np.float32) for _ in experts]
     shape, kernels = layers[0].shape, cpu.Kernels(threads, isa)
-    counts, firsts, table = [5, 1, 9], [0, 0, 0], np.array([[3], [0], [2]], np.int32)
+    parts, tables = [[5, 1], [9]], [[[3], [0]], [[2]]]
     x = rng.standard_normal((15, 48)).astype(np.float32)
     together = np.stack([new_pages(shape, 4) for _ in layers])
-    one_by_one, pages = x.copy(), together.copy()
+    one_by_one, pages, chosen = x.copy(), together.copy(), []
     for i, layer in enumerate(layers):
-        one_by_one, normed, _, weight = run_block(kernels, layer, one_by_one, counts, firsts, table, pages[i])
-        out = np.empty((15, 48), np.float32)
-        kernels.experts(normed, [experts[i]], [np.arange(15, dtype=np.int32)], out, 72)
+        normed, index, weight, out, _ = row_space(shape, 15)
+        for rows, counts, table in zip((slice(0, 6), slice(6, 15)), parts, tables, strict=True):
+            one_by_one[rows], normed[rows], index[rows], weight[rows] = run_block(
+                kernels, layer, one_by_one[rows], counts, [0] * len(counts), np.array(table), pages[i]
+            )
+        if i == 1:  # whose rows take no experts
+            chosen.append([0] * n_experts)
+            continue
+        slots = [np.flatnonzero(index.reshape(-1) == e).astype(np.int32) for e in range(n_experts)]
+        chosen.append([len(s) for s in slots])
+        kernels.experts(normed, experts, slots, out, 72, biases=biases)
         kernels.combine(one_by_one, out, weight)
 
-    stack = cpu.DenseStack([layer.weights for layer in layers], experts)
-    batch = cpu.Batch(np.array([0, 5, 6, 15], np.int32), np.zeros(3, np.int32), table)
-    work = (np.empty((15, 48), np.uint16), np.empty((15, 1), np.int32), np.empty((15, 1), np.float32))
-    kernels.dense_pass(stack, batch, x, together, *work, np.empty((15, 48), np.float32))
+    held = cpu.ExpertTable(shape, experts, biases=biases)
+    stack = cpu.LayerStack([layer.weights for layer in layers], [held, None, held])
+    batches = [
+        cpu.Batch(np.cumsum([0, *counts]).astype(np.int32), np.zeros(len(counts), np.int32), np.array(table, np.int32))
+        for counts, table in zip(parts, tables, strict=True)
+    ]
+    in_two_calls, their_pages = x.copy(), together.copy()
+    begin_s = time.perf_counter()
+    counts_of, clock = kernels.layers(stack, batches, x, together, *row_space(shape, 15))
+    end_s = time.perf_counter()
     assert np.array_equal(x, one_by_one)
     assert np.array_equal(together, pages)
+    assert counts_of.tolist() == chosen
+    assert clock.shape == (n_layers, 3, 2)
+    assert np.array_equal(clock.reshape(-1, 2)[1:, 0], clock.reshape(-1, 2)[:-1, 1])
+    assert (np.diff([begin_s, *clock.reshape(-1, 2)[:, 1], end_s]) >= 0).all()
+
+    kernels.layers(stack.part(0, 1), batches, in_two_calls, their_pages[:1], *row_space(shape, 15))
+    kernels.layers(stack.part(1, 3), batches, in_two_calls, their_pages[1:], *row_space(shape, 15))
+    assert np.array_equal(in_two_calls, one_by_one)
+    assert np.array_equal(their_pages, pages)
+
+
+@pytest.mark.parametrize("held", [(), (1, 4), (0, 1, 2, 3, 4)])
+def test_a_layer_computes_the_experts_in_memory_and_tells_the_others_slots(isa: str, held: Collection[int]) -> None:
+    rng, layer, experts = np.random.default_rng(7), make_layer(6, 2, 16, 48, 5, 2, 72), make_experts(48, 72, 5)
+    shape, kernels = layer.shape, cpu.Kernels(2, isa)
+    normed, _, _, out, slots = row_space(shape, 11)
+    normed[:] = bf16(rng, 11, 48)
+    index = np.argsort(rng.random((11, 4)), axis=1)[:, :2].astype(np.int32)  # nobody chooses the last
+    weight, x = rng.random((11, 2)).astype(np.float32), rng.standard_normal((11, 48)).astype(np.float32)
+    table = cpu.ExpertTable(shape, [e if i in held else None for i, e in enumerate(experts)])
+    found = x.copy()
+    used, start = kernels.feed_forward(table, normed, index, weight, found, out, slots)
+    assert used == [*[e for e in held if e < 4], *[e for e in range(4) if e not in held]]
+    of_each = [slots[a:b] for a, b in itertools.pairwise(start)]
+    for expert, own in zip(used, of_each, strict=True):
+        assert own.tolist() == np.flatnonzero(index.reshape(-1) == expert).tolist()
+
+    wanted = np.full_like(out, np.nan)
+    present = [(e, own) for e, own in zip(used, of_each, strict=True) if e in held]
+    kernels.experts(normed, [experts[e] for e, _ in present], [own for _, own in present], wanted, 72)
+    assert np.array_equal(out, wanted, equal_nan=True)
+    if len(held) == 5:
+        kernels.combine(x, wanted, weight)
+    assert np.array_equal(found, x)
+    incomplete = cpu.LayerStack([layer.weights], [cpu.ExpertTable(shape, [None] * 5)])
+    batch = cpu.Batch(np.array([0, 11], np.int32), np.zeros(1, np.int32), np.zeros((1, 1), np.int32))
+    with pytest.raises(ValueError, match="stack: experts are not in memory"):
+        kernels.layers(incomplete, [batch], x, new_pages(shape, 1)[None], *row_space(shape, 11))
 
 
 @settings(max_examples=int(os.environ.get("SPECMOEOFF_EXAMPLES", "25")), deadline=None)

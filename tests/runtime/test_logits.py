@@ -32,17 +32,18 @@ def engine_logits(
     pages = PageTable(1, n)
     pages.reserve(0, n)
     model = Model(packed, Kernels(threads, isa, spec.precision), pages.n_pages, n, n)
-    experts = packed.load_experts()
+    experts, numbers = packed.load_experts(), range(spec.n_experts)
+    stack = model.stack(
+        [
+            {e: experts[packed.expert_number(layer, e)] for e in numbers if spec.n_experts_of(layer)}
+            for layer in range(spec.n_layers)
+        ]
+    )
     logits = np.empty((n, spec.vocab), np.float32)
     for first, last in zip([0, *cuts], [*cuts, n], strict=True):
         count = last - first
         model.begin(tokens[first:last])
-        for layer in range(spec.n_layers):
-            model.attention(layer, make_rows(0, [count], [first], pages.table))
-            if layer >= spec.n_dense_layers:
-                slots = model.routing(count)
-                model.experts(layer, count, {e: experts[packed.expert_number(layer, e)] for e in slots}, slots)
-                model.combine(count)
+        model.layers(stack, [make_rows(0, [count], [first], pages.table)])
         model.choose(np.arange(count), logits[first:last])
     return logits
 

@@ -5,6 +5,7 @@ depend only on its own token history, not on the number of rows, neighbours, pag
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import math
@@ -112,12 +113,10 @@ _SIGNATURES = {
     "smo_experts_scratch_bytes": (c_size_t, [c_int] * 5),
     "smo_experts": (None, [c_int, c_int, POINTER(_Experts)] + [c_void_p] * 3),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
-    "smo_dense_pass": (
+    "smo_feed_forward": (c_int, [c_int, c_int, POINTER(_Experts), c_int] + [c_void_p] * 9),
+    "smo_layers": (
         None,
-        [c_int, c_int, POINTER(_Shape), c_int, c_void_p, c_void_p, POINTER(_Batch)]
-        + [c_void_p] * 2
-        + [c_size_t]
-        + [c_void_p] * 5,
+        [c_int] * 3 + [c_void_p] * 3 + [c_int] + [c_void_p] * 3 + [c_size_t] + [c_void_p] * 8,
     ),
     "smo_head_scratch_bytes": (c_size_t, [c_int, c_int, c_int, c_int]),
     "smo_head_argmax": (
@@ -586,26 +585,114 @@ class LayerWeights:
         self.n_positions = len(cosines)
 
 
-class DenseStack:
-    """The layers of a model of one expert a layer, checked once. experts[i] is the packed feed-forward of layers[i]."""
+class ExpertTable:
+    """The experts of a layer, checked once: packed[e], or None where expert e is not in memory.
 
-    def __init__(self, layers: Sequence[LayerWeights], experts: Sequence[np.ndarray]) -> None:
-        _of("layers", layers, Collection)
-        _of("experts", experts, Collection)
-        for layer in layers:
-            _of("layers", layer, LayerWeights)
+    format, biases and swiglu: as `Kernels.experts` has them, biases of all.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        packed: Sequence[np.ndarray | None],
+        format: PackedFormat | None = None,
+        biases: Sequence[np.ndarray] | None = None,
+        swiglu: Swiglu = SILU,
+    ) -> None:
+        _of("shape", shape, LayerShape)
+        _of("packed", packed, Sequence)
+        _of("swiglu", swiglu, Swiglu)
+        self.shape, self.swiglu = shape, swiglu
+        n = shape.n_experts
+        number, halves = _format(shape.precision if format is None else format)
+        if halves != HALVES[shape.precision]:
+            raise ValueError(f"format: {format} is not for layers of precision {shape.precision}")
+        if len(packed) != n:
+            raise ValueError(f"packed: {len(packed)} for {n} experts")
+        n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate, shape.precision if format is None else format)
+        self.arrays = tuple(packed)
+        self.is_complete = not any(e is None for e in packed)
+        self._weights = (c_void_p * n)(
+            *(None if e is None else _packed(e, n_bytes, "packed", shape.precision) for e in packed)
+        )
+        self._biases = None
+        if biases is not None:
+            _of("biases", biases, Sequence)
+            if len(biases) != n:
+                raise ValueError(f"biases: {len(biases)} for {n} experts")
+            self.arrays += tuple(biases)
+            width = (2 * shape.intermediate + shape.hidden,)
+            self._biases = (c_void_p * n)(*(_pointer(b, np.float32, width, "biases") for b in biases))
+        self.format = number
+        self.c_struct = _Experts(
+            shape.hidden,
+            shape.intermediate,
+            shape.n_active,
+            number,
+            n,
+            ctypes.addressof(self._weights),
+            None if self._biases is None else ctypes.addressof(self._biases),
+            ctypes.pointer(swiglu.c_struct),
+        )
+
+
+class LayerStack:
+    """Consecutive layers with their experts, checked once. experts[i]: of layers[i]; None: its rows take none."""
+
+    def __init__(self, layers: Sequence[LayerWeights], experts: Sequence[ExpertTable | None]) -> None:
+        _of("layers", layers, Sequence)
+        _of("experts", experts, Sequence)
         if not layers:
             raise ValueError("layers: at least one is needed")
-        shape = self.shape = layers[0].shape
-        if shape.n_experts != 1 or any(layer.shape != shape for layer in layers):
-            raise ValueError("layers: all of one shape, with one expert each, are needed")
         if len(experts) != len(layers):
             raise ValueError(f"experts: {len(experts)} for {len(layers)} layers")
-        n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate, shape.precision)
-        self.n_layers, self.n_positions = len(layers), min(layer.n_positions for layer in layers)
-        self._arrays = (tuple(layers), tuple(experts))
-        self.c_layers = (_Layer * len(layers))(*(layer.c_struct for layer in layers))
-        self.c_experts = (c_void_p * len(layers))(*(_packed(e, n_bytes, "experts", shape.precision) for e in experts))
+        _of("layers", layers[0], LayerWeights)
+        self.shape = layers[0].shape
+        for layer, table in zip(layers, experts, strict=True):
+            _of("layers", layer, LayerWeights)
+            if _row_sizes(layer.shape) != _row_sizes(self.shape):
+                raise ValueError("layers: all must have rows, experts and pages of one size")
+            if table is not None:
+                _of("experts", table, ExpertTable)
+                if table.shape != layer.shape:
+                    raise ValueError("experts: a table is of another shape than its layer")
+        self.layers, self.experts = tuple(layers), tuple(experts)
+        self.n_positions = min(layer.n_positions for layer in layers)
+        first_of: dict[object, tuple[LayerWeights, ExpertTable | None]] = {}
+        # of every layer the first that is equal in all that decides about scratch memory
+        self._alike = [
+            first_of.setdefault((layer.shape, table and table.format), (layer, table))
+            for layer, table in zip(layers, experts, strict=True)
+        ]
+        self._tables = tuple(
+            (c_void_p * len(layers))(*(None if c is None else ctypes.addressof(c.c_struct) for c in column))
+            for column in ([layer.shape for layer in layers], layers, experts)
+        )
+        self.pointers = tuple(map(ctypes.addressof, self._tables))
+
+    def part(self, first: int, last: int) -> "LayerStack":
+        """Layers first to last - 1."""
+        if not 0 <= first < last <= len(self.layers):
+            raise ValueError(f"first: must be below last, both within the {len(self.layers)} layers")
+        part = copy.copy(self)
+        part.layers, part.experts = self.layers[first:last], self.experts[first:last]
+        part._alike = self._alike[first:last]
+        part.pointers = tuple(pointer + first * ctypes.sizeof(c_void_p) for pointer in self.pointers)
+        return part
+
+    @property
+    def kinds(self) -> set[tuple[LayerWeights, ExpertTable | None]]:
+        """One of every kind among the layers."""
+        return set(self._alike)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all experts are in memory."""
+        return all(table is None or table.is_complete for table in self.experts)
+
+
+def _row_sizes(shape: LayerShape) -> tuple[object, ...]:
+    return (shape.hidden, shape.n_active, shape.n_experts, shape.precision, shape.kv.page_bytes)
 
 
 class Batch:
@@ -792,16 +879,8 @@ class Kernels:
         self._same_precision("layer", layer.shape)
         shape, m = layer.shape, batch.n_rows
         address = self._pages(shape.kv, batch, pages)
-        if batch.tree is not None:
-            raise ValueError("batch: a tree's positions are not known here; use verify_attention")
-        if batch.end > layer.n_positions:
-            raise ValueError(f"batch: position {batch.end - 1} is beyond the {layer.n_positions} rotary positions")
-        residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
-        outputs = (
-            _pointer(normed, self._activation, (m, shape.hidden), "normed", write=True),
-            _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index", write=True),
-            _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight", write=True),
-        )
+        self._positions("batch", batch, layer.n_positions)
+        residual, *outputs = self._row_arrays(shape, m, x, normed, expert_index, expert_weight)
         _apart(
             [
                 ("x", x),
@@ -904,35 +983,95 @@ class Kernels:
         _apart([("x", x)], ("expert_out", expert_out), ("expert_weight", expert_weight))
         _library().smo_combine(self._isa, self.n_threads, residual, m, hidden, n_active, outputs, weights)
 
-    def dense_pass(
+    def feed_forward(
         self,
-        stack: DenseStack,
-        batch: Batch,
+        table: ExpertTable,
+        normed: np.ndarray,
+        expert_index: np.ndarray,
+        expert_weight: np.ndarray,
+        x: np.ndarray,
+        expert_out: np.ndarray,
+        slots: np.ndarray,
+    ) -> tuple[list[int], list[int]]:
+        """The experts in memory for the rows that chose them, and `combine` if that is all of them.
+
+        Arrays as in `layers`. Returns the experts chosen, those in memory first, and where in `slots` the (row, rank) slots
+        of each begin, and where the last end.
+        """
+        _of("table", table, ExpertTable)
+        self._same_precision("table", table.shape)
+        shape = table.shape
+        source = _pointer(normed, self._activation, (None, shape.hidden), "normed")
+        m = _size("normed: the number of rows", len(normed))
+        index = _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index")
+        weight = _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight")
+        residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
+        results = self._expert_arrays(shape, m, expert_out, slots)
+        _apart(
+            [("x", x), ("expert_out", expert_out), ("slots", slots)],
+            ("normed", normed),
+            ("expert_index", expert_index),
+            ("expert_weight", expert_weight),
+        )
+        used, start = (c_int32 * shape.n_experts)(), (c_int32 * (shape.n_experts + 1))()
+        n = _library().smo_feed_forward(
+            self._isa,
+            self.n_threads,
+            table.c_struct,
+            m,
+            source,
+            index,
+            weight,
+            residual,
+            *results,
+            used,
+            start,
+            self._scratch_of(self._experts_scratch(table, m)),
+        )
+        if not n:
+            raise ValueError(f"expert_index: must be 0 to {shape.n_experts - 1}")
+        return used[:n], start[: n + 1]
+
+    def _experts_scratch(self, table: ExpertTable, m: int) -> int:
+        s = table.shape
+        sizes = (s.hidden, s.intermediate, table.format, HALVES[self.precision], m * s.n_active)
+        return int(_library().smo_experts_scratch_bytes(*sizes))
+
+    def layers(
+        self,
+        stack: LayerStack,
+        batches: Sequence[Batch],
         x: np.ndarray,
         pages: np.ndarray,
         normed: np.ndarray,
         expert_index: np.ndarray,
         expert_weight: np.ndarray,
         expert_out: np.ndarray,
-    ) -> None:
-        """All layers at once: attention_block, experts and combine of each, bit for bit. pages as there,
-        with a leading axis of layers; expert_out (M, hidden) float32 is workspace."""
-        _of("stack", stack, DenseStack)
-        _of("batch", batch, Batch)
-        self._same_precision("stack", stack.shape)
-        shape, m = stack.shape, batch.n_rows
-        address = self._pages(shape.kv, batch, pages, (stack.n_layers,))
-        if batch.tree is not None:
-            raise ValueError("batch: a tree's positions are not known here; use verify_attention")
-        if batch.end > stack.n_positions:
-            raise ValueError(f"batch: position {batch.end - 1} is beyond the {stack.n_positions} rotary positions")
-        residual = _pointer(x, np.float32, (m, shape.hidden), "x", write=True)
-        pointers = (
-            _pointer(normed, self._activation, (m, shape.hidden), "normed", write=True),
-            _pointer(expert_index, np.int32, (m, 1), "expert_index", write=True),
-            _pointer(expert_weight, np.float32, (m, 1), "expert_weight", write=True),
-            _pointer(expert_out, np.float32, (m, shape.hidden), "expert_out", write=True),
-        )
+        slots: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Layers whose experts are all in memory: attention_block of every batch, experts and combine of each, bit for bit.
+
+        The batches' rows follow one another in x (M, hidden) float32, normed (M, hidden) bf16, expert_index and expert_weight
+        (M, n_active) int32 and float32, as there; pages as there, with a leading axis of layers; expert_out (M * n_active,
+        hidden) float32 and slots (M * n_active,) int32 are workspace. Returns the rows that chose each expert (n_layers,
+        n_experts) int32, and seconds of time.perf_counter (n_layers, len(batches) + 1, 2): begin and end of every batch's
+        attention, then of the experts.
+        """
+        _of("stack", stack, LayerStack)
+        _of("batches", batches, Sequence)
+        if not batches:
+            raise ValueError("batches: at least one is needed")
+        if not stack.is_complete:
+            raise ValueError("stack: experts are not in memory")
+        shape, n_layers = stack.shape, len(stack.layers)
+        self._same_precision("stack", shape)
+        for batch in batches:
+            _of("batches", batch, Batch)
+            address = self._pages(shape.kv, batch, pages, (n_layers,))
+            self._positions("batches", batch, stack.n_positions)
+        m = _size("batches: the number of rows", sum(batch.n_rows for batch in batches))
+        arrays = self._row_arrays(shape, m, x, normed, expert_index, expert_weight)
+        results = self._expert_arrays(shape, m, expert_out, slots)
         _apart(
             [
                 ("x", x),
@@ -941,28 +1080,64 @@ class Kernels:
                 ("expert_index", expert_index),
                 ("expert_weight", expert_weight),
                 ("expert_out", expert_out),
+                ("slots", slots),
             ]
         )
-        library = _library()
-        scratch = self._scratch_of(
-            max(
-                library.smo_attention_scratch_bytes(shape.c_struct, m, batch.end, HALVES[self.precision]),
-                library.smo_experts_scratch_bytes(shape.hidden, shape.intermediate, 0, HALVES[self.precision], m),
-            )
-        )
-        library.smo_dense_pass(
+        library, n_bytes, halves = _library(), 0, HALVES[self.precision]
+        for layer, table in stack.kinds:
+            struct = layer.shape.c_struct
+            sizes = [library.smo_attention_scratch_bytes(struct, b.n_rows, b.end, halves) for b in batches]
+            n_bytes = max(n_bytes, *sizes, 0 if table is None else self._experts_scratch(table, m))
+        counts = np.empty((n_layers, shape.n_experts), np.int32)
+        clock = np.empty(1 + n_layers * (len(batches) + 1))
+        library.smo_layers(
             self._isa,
             self.n_threads,
-            shape.c_struct,
-            stack.n_layers,
-            stack.c_layers,
-            stack.c_experts,
-            batch.c_struct,
-            residual,
+            n_layers,
+            *stack.pointers,
+            len(batches),
+            (c_void_p * len(batches))(*(ctypes.addressof(batch.c_struct) for batch in batches)),
+            arrays[0],
             address,
-            pages.nbytes // stack.n_layers,
-            *pointers,
-            scratch,
+            pages.nbytes // n_layers,
+            *arrays[1:],
+            *results,
+            counts.ctypes.data,
+            clock.ctypes.data,
+            self._scratch_of(n_bytes),
+        )
+        return counts, np.stack([clock[:-1], clock[1:]], axis=-1).reshape(n_layers, len(batches) + 1, 2)
+
+    @staticmethod
+    def _positions(name: str, batch: Batch, n_positions: int) -> None:
+        if batch.tree is not None:
+            raise ValueError(f"{name}: a tree's positions are not known here; use verify_attention")
+        if batch.end > n_positions:
+            raise ValueError(f"{name}: position {batch.end - 1} is beyond the {n_positions} rotary positions")
+
+    def _row_arrays(
+        self,
+        shape: LayerShape,
+        m: int,
+        x: np.ndarray,
+        normed: np.ndarray,
+        expert_index: np.ndarray,
+        expert_weight: np.ndarray,
+    ) -> tuple[int, ...]:
+        """Addresses of what a layer's rows are kept in."""
+        return (
+            _pointer(x, np.float32, (m, shape.hidden), "x", write=True),
+            _pointer(normed, self._activation, (m, shape.hidden), "normed", write=True),
+            _pointer(expert_index, np.int32, (m, shape.n_active), "expert_index", write=True),
+            _pointer(expert_weight, np.float32, (m, shape.n_active), "expert_weight", write=True),
+        )
+
+    @staticmethod
+    def _expert_arrays(shape: LayerShape, m: int, expert_out: np.ndarray, slots: np.ndarray) -> tuple[int, int]:
+        n_slots = _size("expert_out: the number of rows", m * shape.n_active)
+        return (
+            _pointer(expert_out, np.float32, (n_slots, shape.hidden), "expert_out", write=True),
+            _pointer(slots, np.int32, (n_slots,), "slots", write=True),
         )
 
     def head_argmax(

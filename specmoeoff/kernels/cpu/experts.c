@@ -292,3 +292,52 @@ void smo_combine(int isa, int threads, float *x, int m, int hidden, int n_active
 {
     EACH_THREAD(m > 16 ? threads : 1, combine_rows(isa_of(isa), x, m, hidden, n_active, expert_out, weight));
 }
+
+int sort_slots(const experts_t *table, const int32_t *index, int n_slots, int32_t *slots, routes_t *routes)
+{
+    int32_t counts[MAX_EXPERTS] = {0}, place[MAX_EXPERTS], at = 0;
+    for (int i = 0; i < n_slots; i++) {
+        if (index[i] < 0 || index[i] >= table->n_experts) return 0;
+        counts[index[i]]++;
+    }
+    routes->n_used = 0;
+    for (int missing = 0; missing < 2; missing++) {
+        for (int e = 0; e < table->n_experts; e++) {
+            if (!counts[e] || (table->weights[e] == NULL) != missing) continue;
+            const int i = routes->n_used++;
+            routes->experts[i] = e;
+            routes->weights[i] = table->weights[e];
+            routes->biases[i] = table->biases ? table->biases[e] : NULL;
+            routes->start[i] = place[e] = at;
+            at += counts[e];
+        }
+        if (!missing) routes->n_present = routes->n_used;
+    }
+    routes->start[routes->n_used] = at;
+    for (int i = 0; i < n_slots; i++) slots[place[index[i]]++] = i;
+    return 1;
+}
+
+void feed_forward_rows(const isa_t *isa, const experts_t *table, const routes_t *routes, const int32_t *slots, int m, const uint16_t *normed,
+                       float *x, float *out, const float *weight, unsigned char *scratch)
+{
+    experts_t present = *table;
+    present.n_experts = routes->n_present;
+    present.weights = routes->weights;
+    if (table->biases) present.biases = routes->biases;
+    present.slots = slots;
+    present.start = routes->start;
+    expert_rows(isa, &present, normed, out, scratch);
+    if (routes->n_present == routes->n_used) combine_rows(isa, x, m, table->hidden, table->n_active, out, weight);
+}
+
+int smo_feed_forward(int isa, int threads, const experts_t *table, int m, const uint16_t *normed, const int32_t *index, const float *weight,
+                     float *x, float *out, int32_t *slots, int32_t *used, int32_t *start, unsigned char *scratch)
+{
+    routes_t routes;
+    if (!sort_slots(table, index, m * table->n_active, slots, &routes)) return 0;
+    if (routes.n_present) EACH_THREAD(threads, feed_forward_rows(isa_of(isa), table, &routes, slots, m, normed, x, out, weight, scratch));
+    memcpy(used, routes.experts, sizeof *used * (size_t)routes.n_used);
+    memcpy(start, routes.start, sizeof *start * (size_t)(routes.n_used + 1));
+    return routes.n_used;
+}

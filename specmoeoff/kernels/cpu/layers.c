@@ -7,6 +7,7 @@
 #include <math.h>
 #include <omp.h>
 #include <string.h>
+#include <time.h>
 
 #include "attention.h"
 #include "experts.h"
@@ -15,6 +16,13 @@
 #include "tiles.h"
 
 #define LATENT_EPS 1e-6f
+
+static double seconds_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 /* ---- attention ---------------------------------------------------------------------------------------------------------- */
 
@@ -255,22 +263,40 @@ void smo_attention_block(int isa, int threads, const layer_shape_t *shape, const
     EACH_THREAD(threads, attention_rows(isa_of(isa), shape, layer, batch, pages, x, normed, expert_index, expert_weight, scratch));
 }
 
-/* ---- a whole dense model ------------------------------------------------------------------------------------------------ */
+/* ---- layers in a row ---------------------------------------------------------------------------------------------------- */
 
-/* All layers of a model of one expert a layer, in one parallel region: threads meet at barriers and never sleep between
- * layers, which a draft of one token a request would otherwise spend a quarter of its time on. pages: layer after layer,
- * layer_bytes apart. */
-void smo_dense_pass(int isa_index, int threads, const layer_shape_t *s, int n_layers, const layer_t *layers,
-                    const unsigned char *const *experts, const batch_t *b, float *x, unsigned char *pages, size_t layer_bytes,
-                    uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out, unsigned char *scratch)
+/* Layers whose experts are all in memory, in one parallel region: threads meet at barriers and never sleep between them, which a
+ * window of few rows would otherwise spend a fifth of its time on. batches: one after the other, of consecutive rows; experts[i]
+ * NULL: its rows take none. pages: layer after layer, layer_bytes apart. Out: counts (n_layers, n_experts) of the rows that chose
+ * an expert; clock (1 + n_layers * (n_batches + 1)): seconds at the start, after each batch's attention and after the experts. */
+void smo_layers(int isa_index, int threads, int n_layers, const layer_shape_t *const *shapes, const layer_t *const *layers,
+                const experts_t *const *experts, int n_batches, const batch_t *const *batches, float *x, unsigned char *pages,
+                size_t layer_bytes, uint16_t *normed, int32_t *expert_index, float *expert_weight, float *expert_out, int32_t *slots,
+                int32_t *counts, double *clock, unsigned char *scratch)
 {
     const isa_t *isa = isa_of(isa_index);
-    const int32_t start[2] = {0, b->n_rows};
+    const int hidden = shapes[0]->hidden, n_active = shapes[0]->n_active, n_experts = shapes[0]->n_experts;
+    routes_t routes;
+    memset(counts, 0, sizeof *counts * (size_t)n_layers * (size_t)n_experts);
+    *clock++ = seconds_now();
     EACH_THREAD(threads, for (int i = 0; i < n_layers; i++) {
-        attention_rows(isa, s, layers + i, b, pages + (size_t)i * layer_bytes, x, normed, expert_index, expert_weight, scratch);
-        const experts_t feed_forward = {s->hidden, s->intermediate, 1, PLAIN, 1, experts + i, NULL, &SILU, NULL, start};
-        expert_rows(isa, &feed_forward, normed, expert_out, scratch);
-        combine_rows(isa, x, b->n_rows, s->hidden, 1, expert_out, expert_weight);
+        double *marks = clock + i * (n_batches + 1);
+        int m = 0;
+        for (int b = 0; b < n_batches; m += batches[b++]->n_rows) {
+            const size_t slot = (size_t)m * (size_t)n_active;
+            attention_rows(isa, shapes[i], layers[i], batches[b], pages + (size_t)i * layer_bytes, x + (size_t)m * hidden,
+                           normed + (size_t)m * (size_t)(hidden * isa->halves), expert_index + slot, expert_weight + slot, scratch);
+            _Pragma("omp master") marks[b] = seconds_now();
+        }
+        if (experts[i]) {
+            _Pragma("omp single")
+            {
+                sort_slots(experts[i], expert_index, m * n_active, slots, &routes);
+                for (int e = 0; e < routes.n_used; e++) counts[i * n_experts + routes.experts[e]] = routes.start[e + 1] - routes.start[e];
+            }
+            feed_forward_rows(isa, experts[i], &routes, slots, m, normed, x, expert_out, expert_weight, scratch);
+        }
+        _Pragma("omp master") marks[n_batches] = seconds_now();
     });
 }
 

@@ -1,7 +1,8 @@
 """Seconds of the runtime's operators at a model's shape, over the sizes a window can have.
 
 Operators are timed inside a pass, one after another as the runtime calls them: what an operator costs depends on what the
-caches hold when it begins, and on whether the other threads still wait for it or have gone to sleep.
+caches hold when it begins, and on whether the other threads still wait for it or have gone to sleep. Layers that are all in
+memory run in one call, without sleep: `layers.*`.
 """
 
 import math
@@ -20,8 +21,10 @@ from specmoeoff.kernels.cpu import (
     HALVES,
     PAGE_TOKENS,
     Batch,
-    DenseStack,
+    ExpertTable,
     Kernels,
+    LayerShape,
+    LayerStack,
     LayerWeights,
     aligned_empty,
     packed_expert_bytes,
@@ -38,9 +41,10 @@ CONTEXTS = (64, 256, 1024, 4096)
 REQUESTS, REQUESTS_OF_LONG_CONTEXT = 16, 4
 GROUP = 4  # experts computed in one call, as residents are
 COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so that they come from memory
+OF_EXPERTS = ("expert", "experts", "layers.experts")
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
 PASS_S = 0.025
-LAYERS_OF_LARGE_PASS, MOST_BATCHES = 4, 16
+MOST_BATCHES = 16
 # Beside other lanes: where memory is the limit, and where arithmetic is.
 ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
 SETTLE_S = 0.02
@@ -48,6 +52,7 @@ SETTLE_S = 0.02
 WAITS_S, AWAKE_REPEATS = (0.0005, 0.002, 0.006, 0.02), 3
 
 Key = tuple[str, float, int]
+Seconds = list[float]
 Traffic = Callable[[], AbstractContextManager[None]]
 
 
@@ -96,6 +101,8 @@ class Bench:
             else np.ones(shape.vectors[name], np.float32)
             for name in layer_arrays(spec, layer)
         }
+        if "router" in arrays:  # every row takes the same experts: their rows are then known
+            arrays["choice_bias"] = np.where(np.arange(spec.n_experts) < spec.n_active, 1e6, 0).astype(np.float32)
         return LayerWeights(shape, **{"router": None} | arrays, cosines=angles + 1, sines=angles)
 
     def _batches(self, counts: Sequence[int], context: int) -> list[Batch]:
@@ -165,40 +172,65 @@ class Bench:
 
         return work
 
-    def dense_pass(self, counts: Sequence[int], context: int = 0) -> tuple[Callable[[], None], int]:
-        """Some layers of a dense model in one call, and how many they are; requests as in attention_block."""
-        each = (context + max(counts)) // PAGE_TOKENS + 1
-        most = self.n_layers if sum(counts) <= 32 else LAYERS_OF_LARGE_PASS
-        n_layers = min(most, self.n_layers, self._n_pages // (len(counts) * each))
-        stack = DenseStack(self._layers[self.layer_of["attention_block"]][:n_layers], self.experts[:n_layers])
-        n_pages = self._n_pages // n_layers
-        pages = self._pages[: n_layers * n_pages].reshape(n_layers, n_pages, -1)
+    def run(self, operator: str, counts: Sequence[int], context: int = 0) -> Callable[[float], tuple[Seconds, Seconds]]:
+        """Runs that take about so many seconds, in one call, of layers that have this block, requests as in attention_block:
+        seconds of every layer's block, and of each of its experts."""
+        shape, each = self._layers[self.layer_of[operator]][0].shape, (context + max(counts)) // PAGE_TOKENS + 1
+        most = max(1, min(self.n_layers, self._n_pages // (len(counts) * each)))
+        has_experts = self.spec.n_experts_of(self.layer_of[operator]) > 0
+        tables = [self._table(i, shape) if has_experts else None for i in range(most)]
+        stack = LayerStack(self._layers[self.layer_of[operator]][:most], tables)
+        n_pages = self._n_pages // most
+        pages = self._pages[: most * n_pages].reshape(most, n_pages, -1)
         table = np.arange(len(counts) * each, dtype=np.int32).reshape(-1, each)
         row_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         batch = Batch(row_start, np.full(len(counts), context, np.int32), table)
         x, *outputs = self._rows(counts)
-        outputs = [*outputs, np.zeros_like(x)]
+        n_slots = len(x) * shape.n_active
+        outputs += [np.zeros((n_slots, shape.hidden), np.float32), np.zeros(n_slots, np.int32)]
 
-        def work() -> None:
+        def seconds_of_layers(n: int) -> np.ndarray:
             np.clip(x, -4, 4, out=x)
-            self.kernels.dense_pass(stack, batch, x, pages, *outputs)
+            first = self._turn % (most - n + 1)
+            self._turn += n
+            _, clock = self.kernels.layers(stack.part(first, first + n), [batch], x, pages[first : first + n], *outputs)
+            return clock[..., 1] - clock[..., 0]
 
-        return work, n_layers
+        def work(seconds: float) -> tuple[Seconds, Seconds]:
+            blocks, experts = seconds_of_layers(min(most, 1 + int(seconds / a_layer_s))).T
+            return blocks.tolist(), (experts / shape.n_active).tolist()
+
+        a_layer_s = max(1e-6, float(seconds_of_layers(1).sum()))
+        return work
+
+    def _table(self, layer: int, shape: LayerShape) -> ExpertTable:
+        """Experts that follow those of the layer before."""
+        packed = [self.experts[(layer * shape.n_active + i) % len(self.experts)] for i in range(shape.n_active)]
+        packed += packed[:1] * (shape.n_experts - len(packed))
+        biases = None if self._bias is None else [self._bias] * shape.n_experts
+        return ExpertTable(shape, packed, self.spec.packed_format, biases, expert_activation(self.spec))
 
     def over_context(self, operator: str, tokens: int, context: int) -> Callable[[], float]:
         """Measures what a context adds to one request's `tokens` new tokens in one layer, in the call the runtime makes."""
         counts = [tokens] * _n_requests(context)
         if self.spec.n_experts == 1:
-            (long, n_long), (short, n_short) = self.dense_pass(counts, context), self.dense_pass(counts)
+            long_run, short_run = (self.run("attention_block", counts, c) for c in (context, 0))
+
+            def pair() -> tuple[float, float]:
+                return float(np.median(long_run(PASS_S)[0])), float(np.median(short_run(PASS_S)[0]))
+
             repeats = 1
         else:
             long, short = (self.attention_block(counts, c, operator) for c in (context, 0))
-            n_long, n_short, repeats = 1, 1, 3
+
+            def pair() -> tuple[float, float]:
+                return after_a_gap(long), after_a_gap(short)
+
+            repeats = 3
 
         def measure() -> float:
-            pairs = [(after_a_gap(long) / n_long, after_a_gap(short) / n_short) for _ in range(repeats)]
-            beyond = np.median([pair[0] for pair in pairs]) - np.median([pair[1] for pair in pairs])
-            return max(0.0, float(beyond)) / len(counts)
+            beyond, within = np.median([pair() for _ in range(repeats)], axis=0)
+            return max(0.0, float(beyond - within)) / len(counts)
 
         return measure
 
@@ -232,34 +264,39 @@ def after_a_gap(work: Callable[[], None]) -> float:
 
 
 class Pass:
-    """One size's operators in the runtime's order, over as many layers as a moment allows."""
+    """One size's operators in the runtime's order, over as many layers as a moment allows: call by call, as where experts come
+    from disk, and in runs of layers that are all in memory."""
 
     def __init__(self, bench: Bench, rows: int) -> None:
-        self._layer = {
+        self._calls = {
             **{name: bench.attention_block(spread(rows), operator=name) for name in bench.blocks},
             "expert": bench.expert(rows),
             "experts": bench.expert(rows, GROUP),
             "combine": bench.combine(rows),
         }
-        self._head, self._n_layers = bench.head(rows), bench.n_layers
-        self._dense = bench.dense_pass(spread(rows)) if bench.spec.n_experts == 1 else None
+        self._runs = {name: bench.run(name, spread(rows)) for name in bench.blocks}
+        self._head, self._n_layers, self._is_dense = bench.head(rows), bench.n_layers, bench.spec.n_experts == 1
 
-    def layers(self, seconds: float) -> dict[str, list[float]]:
+    def layers(self, seconds: float) -> dict[str, Seconds]:
         """Samples by operator of one layer after the other; `experts` for one expert of the group."""
-        samples: dict[str, list[float]] = {name: [] for name in self._layer}
+        samples: dict[str, Seconds] = {name: [] for name in self._calls}
         end = time.perf_counter() + seconds
         while not samples["combine"] or (time.perf_counter() < end and len(samples["combine"]) < self._n_layers):
-            for name, work in self._layer.items():
+            for name, work in self._calls.items():
                 samples[name].append(after_a_gap(work) / (GROUP if name == "experts" else 1))
         return samples
 
-    def run(self) -> dict[str, list[float]]:
-        """Layers and what comes after them; `dense_layer` for one layer of a dense model's pass."""
+    def run(self) -> dict[str, Seconds]:
+        """Layers both ways, those in runs as `layers.*`, and what comes after them; `dense_layer` for one of a dense model."""
         samples = self.layers(PASS_S)
+        for name, run in self._runs.items():
+            samples[f"layers.{name}"], experts = run(PASS_S)
+            if name == "attention_block":
+                samples["layers.experts"] = experts
+        if self._is_dense:
+            each = zip(samples["layers.attention_block"], samples["layers.experts"], strict=True)
+            samples["dense_layer"] = [sum(parts) for parts in each]
         samples["head"] = [after_a_gap(self._head)]
-        if self._dense:
-            work, n_layers = self._dense
-            samples["dense_layer"] = [after_a_gap(work) / n_layers]
         return samples
 
 
@@ -330,12 +367,13 @@ def _tables(
 ) -> list[OperatorTable]:
     spec, blocks = bench.spec, {name: _block_params(bench.spec, bench.layer_of[name]) for name in bench.blocks}
     # What every row of an operator is multiplied with.
-    params = {**blocks, "expert": spec.expert_params, "experts": spec.expert_params, "head": spec.vocab * spec.hidden}
+    params = {**blocks, **{f"layers.{name}": n for name, n in blocks.items()}}
+    params |= {**dict.fromkeys(OF_EXPERTS, spec.expert_params), "head": spec.vocab * spec.hidden}
     if spec.n_experts == 1:
         params["dense_layer"] = blocks["attention_block"] + spec.expert_params
     rows_alone = [*params, "combine"]
     weight_bytes = {name: BF16_BYTES * HALVES[spec.precision] * n for name, n in params.items()}
-    weight_bytes["expert"] = weight_bytes["experts"] = bench.experts[0].nbytes
+    weight_bytes |= dict.fromkeys(OF_EXPERTS, bench.experts[0].nbytes)
 
     def work_of(operator: str, n: float, context: int) -> tuple[float, float]:
         """FLOPs and bytes."""

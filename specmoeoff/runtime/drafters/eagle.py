@@ -141,7 +141,7 @@ class HostEagle:
         # No norm before the output matrix: features are normed already.
         shared = replace(head, dense={"embedding": target.embedding, "lm_head": target.head, **head.dense})
         self._model = Model(shared, kernels, pages.n_pages, pages.pages_per_request * PAGE_TOKENS, max_rows)
-        self._stack = self._model.stack([head.expert])
+        self._stack = self._model.stack([{0: head.expert}])
         self._head, self._kernels, self._pages, self.max_rows = head, kernels, pages, max_rows
 
     def run(
@@ -157,7 +157,7 @@ class HostEagle:
         joined = np.concatenate([model.embedding[np.concatenate(tokens)], given], axis=1)
         self._kernels.linear(joined, self._head.fc, self._head.spec.hidden, x)
         x += self._head.fc_bias
-        model.dense_pass(self._stack, make_rows(0, counts, kv_tokens, self._pages.table[slots]))
+        model.layers(self._stack, [make_rows(0, counts, kv_tokens, self._pages.table[slots])])
         last = np.cumsum(counts) - 1
         return model.choose(last), to_bf16(x[last]) if given.dtype == np.uint16 else x[last]
 

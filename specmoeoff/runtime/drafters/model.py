@@ -38,7 +38,7 @@ class HostPasses:
             raise ValueError("the draft model must be dense")
         n_positions = min(packed.spec.max_positions, pages.pages_per_request * PAGE_TOKENS)
         self._model = Model(packed, kernels, pages.n_pages, n_positions, max_rows)
-        self._stack = self._model.stack([*packed.load_experts()])
+        self._stack = self._model.stack([{0: expert} for expert in packed.load_experts()])
         self._pages, self.max_rows, self.vocab = pages, max_rows, packed.spec.vocab
 
     def run(
@@ -47,7 +47,8 @@ class HostPasses:
         """See Passes."""
         counts = [len(t) for t in tokens]
         self._model.begin(np.concatenate([np.asarray(t, np.int32) for t in tokens]))
-        self._model.dense_pass(self._stack, make_rows(0, counts, kv_tokens, self._pages.table[slots]))
+        rows = make_rows(0, counts, kv_tokens, self._pages.table[slots])
+        self._model.layers(self._stack, [rows])
         return self._model.choose(np.cumsum(counts) - 1, logits)
 
 

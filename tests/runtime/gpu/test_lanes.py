@@ -101,15 +101,11 @@ def on_cpu(checkpoint: Path, merged: bool) -> list[tuple[np.ndarray, np.ndarray]
     packed = pack_model(checkpoint)
     model = Model(packed, Kernels(1), n_pages=5, n_positions=128, max_rows=24)
     experts = packed.load_experts().reshape(N_LAYERS, packed.spec.n_experts, -1)
+    stack = model.stack([{e: np.ascontiguousarray(one) for e, one in enumerate(layer)} for layer in experts])
     found = []
     for tokens, parts in windows(merged):
         model.begin(tokens)
-        for layer in range(N_LAYERS):
-            for rows in parts:
-                model.attention(layer, rows)
-            slots = model.routing(len(tokens))
-            model.experts(layer, len(tokens), {e: np.ascontiguousarray(experts[layer, e]) for e in slots}, slots)
-            model.combine(len(tokens))
+        model.layers(stack, parts)
         found.append((model.work.x[: len(tokens)].copy(), model.choose(np.arange(len(tokens)))))
     return found
 

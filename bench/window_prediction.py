@@ -20,7 +20,7 @@ from specmoeoff.runtime.batch_files import read_batch, to_request
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.loading import Opened, default_draft, model_folder, open_plan
 from specmoeoff.runtime.process import available_bytes
-from specmoeoff.runtime.validate import ANSWERED_TOKENS, Block, Options, Validator
+from specmoeoff.runtime.validate import ANSWERED_TOKENS, Block, Options, Validator, speed_beside
 from specmoeoff.specs.plan import PlainPlan, Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
@@ -103,11 +103,13 @@ def rows_of(
         named = {
             str(k): part if limit else part.model_copy(update={"experts": everything}) for k, part in parts.items()
         }
-        for name, blocks in measure(validator, named, limit).items():
+        measured = measure(validator, named, limit)
+        moment = speed_beside(measured)
+        for name, blocks in measured.items():
             windows = [w for block in blocks for w in block.windows]
             seconds = median(w.duration_s for w in windows)
             found, stored = (
-                validator._forecast(named[name], blocks, limit, recalibrated=r).prediction for r in (True, False)
+                validator._forecast(named[name], blocks, limit, speed).prediction for speed in (moment, None)
             )
             kinds = {kind for w in windows for kind in w.phases_s if kind != "wait"}
             nodes = {kind: fmean(w.phases_s.get(kind, 0.0) for w in windows) for kind in kinds}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.memory import expert_stride
-from specmoeoff.estimate.tables import OperatorTimes, find_table, has_table, layer_operators, wake_s
-from specmoeoff.pipeline import Graph, Node, RequestTokens
+from specmoeoff.estimate.tables import GROUP, OperatorTimes, find_table, has_table, layer_operators, wake_s
+from specmoeoff.pipeline import ExpertUse, Graph, Node, RequestTokens
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
@@ -57,10 +57,21 @@ class ModelTimes:
         alone = self._block[name](rows)
         return min(alone, self._run_block[name](rows)) if in_run else alone  # the same work less the calls
 
-    def expert_rows(self, rows: float, in_run: bool) -> float:
-        """An expert in memory on so many rows, and their share in the combination."""
-        alone = self._experts(rows) + rows * self._per_slot()
-        return min(alone, self._run_experts(rows)) if in_run and self._run_experts else alone
+    def experts(self, uses: Sequence[ExpertUse], in_run: bool) -> float:
+        """Experts in memory in one call, and their rows' share in the combination.
+
+        Of a call with one and a call with GROUP experts both the time of a call and that of one more expert are known.
+        """
+        calls = more = run = 0.0
+        for use in uses:
+            one, of_group = self._expert(use.rows), self._experts(use.rows)
+            one_more = max(0.0, (GROUP * of_group - one) / (GROUP - 1))
+            calls += use.probability * max(0.0, one - one_more)
+            more += use.probability * (one_more + use.rows * self._per_slot())
+            run += use.probability * self._run_experts(use.rows) if self._run_experts else 0.0
+        nobody = math.prod(1.0 - use.probability for use in uses)
+        alone = more + (1.0 - nobody) * calls / max(sum(use.probability for use in uses), 1e-9)
+        return min(alone, run) if in_run and self._run_experts else alone
 
     def streamed_expert(self, rows: float) -> float:
         """An expert that was waited for on so many rows, and their share in the combination."""
@@ -145,7 +156,7 @@ class Prices:
                 over_context = target.over_context(node.layer, node.requests)
                 return target.block(node.layer, node.rows, in_run) + over_context
             case "experts":
-                return sum(u.probability * target.expert_rows(u.rows, in_run) for u in node.experts)
+                return target.experts(node.experts, in_run)
             case "expert":
                 return sum(u.probability * target.streamed_expert(u.rows) for u in node.experts)
             case "head":

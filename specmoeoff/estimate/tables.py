@@ -11,6 +11,8 @@ from specmoeoff.errors import BadInput
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile, OperatorTable
 
+GROUP = 4  # experts that `experts` computes in one call
+
 
 def layer_operators(spec: ModelSpec, layer: int) -> tuple[str, str]:
     """Names of a layer's attention block and of what a context adds to it: first layers with a dense block in place of experts

@@ -56,7 +56,5 @@ class Recalibrator:
         samples = self._passes[rows].layers(PASS_S[rows])
         ratios = []
         for name, table in self._stored.items():
-            # The first layers run on cold caches.
-            settled = median(samples[name][2:] or samples[name])
-            ratios.append(settled / table.seconds[table.grid[0].index(rows)])
+            ratios.append(median(samples[name]) / table.seconds[table.grid[0].index(rows)])
         return median(ratios)

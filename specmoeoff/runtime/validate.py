@@ -227,8 +227,7 @@ class Validator:
                 for i in range(self.options.n_pairs):
                     self.options.progress("all experts resident", i / self.options.n_pairs)
                     self._pair(engine, parts, blocks, i, "all experts resident", self.options.resident_block_windows)
-                for name, part in parts.items():
-                    self._compare_windows(f"{name} window, all experts resident", part, blocks[name], None)
+                self._compare_windows(parts, blocks, "all experts resident", None)
 
     def _run_pairs(self) -> None:
         """Plain and tuned in turn, at the plan's disk limit and without one; then the other draft lengths."""
@@ -338,42 +337,52 @@ class Validator:
         self.lossless = answer.passed
         self.checks.append(answer)
 
-    def _forecast(self, part: PlainPlan, blocks: list[Block], limit: float | None, recalibrated: bool) -> Forecast:
-        """Of the blocks' windows, at the profile's speeds or at those measured around the blocks."""
+    def _forecast(self, part: PlainPlan, blocks: list[Block], limit: float | None, speed: Slice | None) -> Forecast:
+        """Of the blocks' windows, at the speed measured beside them; None: at the profile's."""
         calibration = None
-        if recalibrated:
-            speed = typical([one for b in blocks for one in b.speed])
+        if speed:
             calibration = Calibration(speed.disk_gb_per_s, speed.memory_scale, speed.compute_scale)
         prices = Prices(self.profile, self.spec, self.draft_spec, part.threads.compute, limit, calibration)
         windows = [w for b in blocks for w in b.windows]
         contexts = [int(fmean(w.mean_context for w in windows))] * windows[0].live
         return forecast(self.spec, self.workload, part.decode, part.experts, prices, contexts)
 
-    def _compare_windows(self, name: str, part: PlainPlan, blocks: list[Block], limit: float | None) -> None:
-        """Predicted against measured window time, recalibrated (judged) and from the stored profile (told)."""
-        measured = median(w.duration_s for b in blocks for w in b.windows)
-        errors, bound = [], ""
-        for recalibrated in (True, False):
-            found = self._forecast(part, blocks, limit, recalibrated).prediction
-            bound = bound or found.bound
-            comparison = Comparison(
-                name=name,
-                predicted=found.window_s,
-                measured=measured,
-                unit="s",
-                provenance=f"predicted, {'recalibrated' if recalibrated else 'stored profile'}",
-                limit=WINDOW_ERROR if recalibrated else None,
+    def _compare_windows(
+        self, parts: dict[str, PlainPlan], blocks: Blocks, circumstances: str, limit: float | None
+    ) -> None:
+        """Predicted against measured window times, recalibrated (judged) and from the stored profile (told)."""
+        moment = speed_beside(blocks)
+        for part_name, part in parts.items():
+            name, own = f"{part_name} window, {circumstances}", blocks[part_name]
+            measured = median(w.duration_s for b in own for w in b.windows)
+            found, stored = (self._forecast(part, own, limit, speed).prediction for speed in (moment, None))
+            error, stored_error = (
+                self._comparison(name, seconds, measured, provenance, bar)
+                for seconds, provenance, bar in (
+                    (found.window_s, "recalibrated", WINDOW_ERROR),
+                    (stored.window_s, "stored profile", None),
+                )
             )
-            self.comparisons.append(comparison)
-            errors.append(comparison.error)
-        error, stored = errors
-        self._check(
-            f"prediction: {name}",
-            abs(error) <= WINDOW_ERROR,
-            f"predicted {(1 + error) * measured * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({error:+.1%}), "
-            f"stored profile {stored:+.1%}, {bound}-bound",
-            f"{name}: the prediction is {error:+.0%} off on the {bound} lane: profile the machine again",
+            self._check(
+                f"prediction: {name}",
+                abs(error) <= WINDOW_ERROR,
+                f"predicted {(1 + error) * measured * 1e3:.1f} ms, measured {measured * 1e3:.1f} ms ({error:+.1%}), "
+                f"stored profile {stored_error:+.1%}, {found.bound}-bound",
+                f"{name}: the prediction is {error:+.0%} off on the {found.bound} lane: profile the machine again",
+            )
+
+    def _comparison(self, name: str, predicted: float, measured: float, provenance: str, limit: float | None) -> float:
+        """Kept; returns its error."""
+        comparison = Comparison(
+            name=name,
+            predicted=predicted,
+            measured=measured,
+            unit="s",
+            provenance=f"predicted, {provenance}",
+            limit=limit,
         )
+        self.comparisons.append(comparison)
+        return comparison.error
 
     def _speed_up(self, blocks: Blocks, limit: float | None) -> None:
         rates = {name: [_rate(b.windows) for b in each] for name, each in blocks.items()}
@@ -397,12 +406,11 @@ class Validator:
             )
         )
         if limit == self.limit:
-            for name, part in (("plain", self.plain), ("tuned", self.tuned)):
-                self._compare_windows(f"{name} window, {_named(limit)}", part, blocks[name], limit)
-            typical = median(b.windows[-1].duration_s for b in blocks["tuned"])
-            shown = min(blocks["tuned"], key=lambda b: abs(b.windows[-1].duration_s - typical))
+            self._compare_windows({"plain": self.plain, "tuned": self.tuned}, blocks, _named(limit), limit)
+            middle_s = median(b.windows[-1].duration_s for b in blocks["tuned"])
+            shown = min(blocks["tuned"], key=lambda b: abs(b.windows[-1].duration_s - middle_s))
             self.measured_events = shown.timeline
-            self.predicted_events = _predicted_events(self._forecast(self.tuned, [shown], limit, recalibrated=True))
+            self.predicted_events = _predicted_events(self._forecast(self.tuned, [shown], limit, typical(shown.speed)))
             self._plain_near_bound([w for b in blocks["plain"] for w in b.windows], disks["plain"])
 
     def _bound(self, blocks: Blocks, limit: float | None) -> tuple[float, str]:
@@ -476,6 +484,11 @@ def disk_off_by(stored: Measurement, seen: Sequence[float]) -> tuple[float, str]
     agree = (middle > 1) == (best > 1)
     off = min(middle, best, key=lambda ratio: abs(log(ratio))) if agree else 1.0
     return off, f"profile {stored.value:.2f} GB/s, seen now {median(seen):.2f}, at best {_best(seen):.2f} GB/s"
+
+
+def speed_beside(blocks: Blocks) -> Slice:
+    """Of all parts' blocks, which took turns: a slice is far shorter than what it is to tell of."""
+    return typical([speed for each in blocks.values() for block in each for speed in block.speed])
 
 
 def _named(limit: float | None) -> str:

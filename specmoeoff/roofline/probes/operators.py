@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from specmoeoff.estimate.memory import expert_activation, layer_arrays, layer_shape
-from specmoeoff.estimate.tables import layer_operators
+from specmoeoff.estimate.tables import GROUP, layer_operators
 from specmoeoff.kernels.cpu import (
     ACTIVATION,
     HALVES,
@@ -39,11 +39,10 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 TOKENS = (1, 2, 3, 5, 9, 13, 17, 25)
 CONTEXTS = (64, 256, 1024, 4096)
 REQUESTS, REQUESTS_OF_LONG_CONTEXT = 16, 4
-GROUP = 4  # experts computed in one call, as residents are
 COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so that they come from memory
 OF_EXPERTS = ("expert", "experts", "layers.experts")
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
-PASS_S = 0.025
+PASS_S, COLD_LAYERS = 0.025, 2
 MOST_BATCHES = 16
 # Beside other lanes: where memory is the limit, and where arithmetic is.
 ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
@@ -197,8 +196,8 @@ class Bench:
             return clock[..., 1] - clock[..., 0]
 
         def work(seconds: float) -> tuple[Seconds, Seconds]:
-            blocks, experts = seconds_of_layers(min(most, 1 + int(seconds / a_layer_s))).T
-            return blocks.tolist(), (experts / shape.n_active).tolist()
+            blocks, experts = seconds_of_layers(min(most, 1 + int(seconds / a_layer_s))).T.tolist()
+            return blocks[COLD_LAYERS:] or blocks, [s / shape.n_active for s in experts[COLD_LAYERS:] or experts]
 
         a_layer_s = max(1e-6, float(seconds_of_layers(1).sum()))
         return work
@@ -278,13 +277,14 @@ class Pass:
         self._head, self._n_layers, self._is_dense = bench.head(rows), bench.n_layers, bench.spec.n_experts == 1
 
     def layers(self, seconds: float) -> dict[str, Seconds]:
-        """Samples by operator of one layer after the other; `experts` for one expert of the group."""
+        """Samples by operator of one layer after the other; `experts` for one expert of the group. Not of the first layers,
+        which find others' numbers in the caches, where there are more."""
         samples: dict[str, Seconds] = {name: [] for name in self._calls}
         end = time.perf_counter() + seconds
         while not samples["combine"] or (time.perf_counter() < end and len(samples["combine"]) < self._n_layers):
             for name, work in self._calls.items():
                 samples[name].append(after_a_gap(work) / (GROUP if name == "experts" else 1))
-        return samples
+        return {name: found[COLD_LAYERS:] or found for name, found in samples.items()}
 
     def run(self) -> dict[str, Seconds]:
         """Layers both ways, those in runs as `layers.*`, and what comes after them; `dense_layer` for one of a dense model."""

@@ -29,7 +29,7 @@ from specmoeoff.tuner.space import make_space
 from specmoeoff.tuner.tune import Tuner, TuneRequest
 
 LENGTHS, BATCHES, CAP_GB_PER_S, CONTEXT_TOKENS = range(9), (4, 8, 16), 1.0, 320
-TURNS, WINDOWS = 3, 3
+TURNS, WINDOWS = 4, 3
 LARGE_SHARE = 0.05  # of a window: nodes that matter
 
 

@@ -29,7 +29,7 @@ from specmoeoff.tuner.space import make_space
 from specmoeoff.tuner.tune import Tuner, TuneRequest
 
 LENGTHS, BATCHES, CAP_GB_PER_S, CONTEXT_TOKENS = range(9), (4, 8, 16), 1.0, 320
-TURNS, WINDOWS = 4, 3
+TURNS, WINDOWS, RESIDENT_WINDOWS = 4, 3, 6
 LARGE_SHARE = 0.05  # of a window: nodes that matter
 
 
@@ -83,7 +83,7 @@ def measure(validator: Validator, parts: dict[str, PlainPlan], limit: float | No
         validator._warm(engine, 0)
         engine.store.bucket.gb_per_s = limit
         for turn in range(TURNS):
-            validator._pair(engine, parts, blocks, turn, "window prediction", WINDOWS)
+            validator._pair(engine, parts, blocks, turn, "window prediction", WINDOWS if limit else RESIDENT_WINDOWS)
     return blocks
 
 
@@ -93,7 +93,7 @@ def rows_of(
     """One row for each draft length, disk-bound and with every expert in memory."""
     lines = read_batch(prompts_path())[:32]
     requests = [to_request(line, opened.tokenizer, opened.target.spec, ignore_eos=True) for line in lines]
-    validator = Validator(plan, opened, profile, workload, requests, Options(block_windows=WINDOWS))
+    validator = Validator(plan, opened, profile, workload, requests, Options(block_windows=RESIDENT_WINDOWS))
     everything = validator._everything()
     validator.answers = answers(validator)
     for regime, limit in (("disk capped", CAP_GB_PER_S), ("all resident", None)):

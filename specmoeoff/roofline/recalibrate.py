@@ -13,7 +13,8 @@ from specmoeoff.specs.record import Slice
 
 FEW_ROWS, MANY_ROWS = 4, 64  # bound by memory, and by arithmetic
 PASS_S = {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
-OPERATORS = ("attention_block", "expert", "experts")
+OPERATORS = ("layers.attention_block", "layers.experts")
+OF_EARLY_PROFILES = ("attention_block", "experts")
 
 
 def typical(slices: Sequence[Slice]) -> Slice:
@@ -30,18 +31,23 @@ class Recalibrator:
 
     def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int, disk_file: Path) -> None:
         tables = {(t.operator, t.shape, t.n_threads): t for t in profile.operators}
-        try:
-            self._stored = {name: tables[name, spec.shape_key, n_threads] for name in OPERATORS}
-        except KeyError:
+        for names in (OPERATORS, OF_EARLY_PROFILES):
+            self._stored = {
+                n: tables[n, spec.shape_key, n_threads] for n in names if (n, spec.shape_key, n_threads) in tables
+            }
+            if len(self._stored) == len(names):
+                break
+        else:
             raise BadInput(
                 f"profile {profile.name} holds no operators of this model with {n_threads} threads; "
                 "run `specmoeoff profile --model`."
-            ) from None
+            )
         bench, disk = Bench(spec, n_threads), profile.disk
+        self._n_active = spec.n_active
         self._reader = Reader(disk_file, disk.n_readers if disk else 2, disk.chunk_bytes if disk else 1 << 20)
         self._passes = {rows: Pass(bench, rows) for rows in (FEW_ROWS, MANY_ROWS)}
         for one in self._passes.values():
-            one.layers(0.0)
+            one.run(0.0)
         self.slices: list[Slice] = []
 
     def slice(self) -> Slice:
@@ -53,8 +59,12 @@ class Recalibrator:
         return found
 
     def _scale(self, rows: int) -> float:
-        samples = self._passes[rows].layers(PASS_S[rows])
-        ratios = []
+        """Seconds of a layer over those of the profile."""
+        one = self._passes[rows]
+        samples = (one.runs if "layers.experts" in self._stored else one.layers)(PASS_S[rows])
+        now = stored = 0.0
         for name, table in self._stored.items():
-            ratios.append(median(samples[name]) / table.seconds[table.grid[0].index(rows)])
-        return median(ratios)
+            n = self._n_active if name.endswith("experts") else 1
+            now += n * median(samples[name])
+            stored += n * table.seconds[table.grid[0].index(rows)]
+        return now / stored

@@ -87,7 +87,7 @@ class Executor:
     def _needs_nothing(self, layer: int) -> bool:
         """Whether all that a layer may use is in memory."""
         table = self._stack.experts[layer]
-        return (table is None or table.is_complete) and not self._prefetch[layer]
+        return table is None or table.is_complete
 
     def _layers(self, window: int, first: int, last: int, parts: Sequence[Rows], trace: Trace) -> None:
         """Layers that need nothing from disk, in one call."""

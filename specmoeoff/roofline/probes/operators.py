@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -42,7 +43,7 @@ REQUESTS, REQUESTS_OF_LONG_CONTEXT = 16, 4
 COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so that they come from memory
 OF_EXPERTS = ("expert", "experts", "layers.experts")
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
-PASS_S, COLD_LAYERS = 0.025, 2
+PASS_S, PASSES_OF_BUDGET, COLD_LAYERS = 0.025, 200, 2  # a budget too small for so many shortens each
 MOST_BATCHES = 16
 # Beside other lanes: where memory is the limit, and where arithmetic is.
 ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
@@ -287,17 +288,22 @@ class Pass:
                 samples[name].append(after_a_gap(work) / (GROUP if name == "experts" else 1))
         return {name: found[COLD_LAYERS:] or found for name, found in samples.items()}
 
-    def run(self) -> dict[str, Seconds]:
+    def run(self, seconds: float = PASS_S) -> dict[str, Seconds]:
         """Layers both ways, those in runs as `layers.*`, and what comes after them; `dense_layer` for one of a dense model."""
-        samples = self.layers(PASS_S)
-        for name, run in self._runs.items():
-            samples[f"layers.{name}"], experts = run(PASS_S)
-            if name == "attention_block":
-                samples["layers.experts"] = experts
+        samples = {**self.layers(seconds), **self.runs(seconds)}
         if self._is_dense:
             each = zip(samples["layers.attention_block"], samples["layers.experts"], strict=True)
             samples["dense_layer"] = [sum(parts) for parts in each]
         samples["head"] = [after_a_gap(self._head)]
+        return samples
+
+    def runs(self, seconds: float) -> dict[str, Seconds]:
+        """Samples of layers that are all in memory, as `layers.*`; `layers.experts` for one expert."""
+        samples: dict[str, Seconds] = {}
+        for name, run in self._runs.items():
+            samples[f"layers.{name}"], experts = run(seconds)
+            if name == "attention_block":
+                samples["layers.experts"] = experts
         return samples
 
 
@@ -324,15 +330,17 @@ def measure_operators(
     samples: dict[Key, list[float]] = {}
     ratios: dict[tuple[str, str, float], list[float]] = {}
     # What is measured beside other lanes, and at which size.
-    few = [(float(rows), passes[rows].run) for rows in ROWS_BESIDE]
+    pass_s = min(PASS_S, max(0.0, budget_s) / PASSES_OF_BUDGET)
+    few: list[tuple[float, Callable[[], dict[str, Seconds]]]]
+    few = [(float(rows), partial(passes[rows].run, pass_s)) for rows in ROWS_BESIDE]
     longest = {name: over_context[name, TOKENS_BESIDE, bench.contexts[-1]] for name in bench.attentions}
     few.append((float(TOKENS_BESIDE), lambda: {name: [measure()] for name, measure in longest.items()}))
     for one in passes.values():
         one.layers(0.0)
     end, n_rounds = time.perf_counter() + budget_s, 0
-    while n_rounds < 3 or (n_rounds < rounds and time.perf_counter() < end):
+    while n_rounds < (3 if pass_s == PASS_S else 1) or (n_rounds < rounds and time.perf_counter() < end):
         for rows, one in passes.items():
-            for name, found in one.run().items():
+            for name, found in one.run(pass_s).items():
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
         for key, measure in over_context.items():
             samples.setdefault(key, []).append(measure())
@@ -341,7 +349,7 @@ def measure_operators(
         for lane, traffic in lanes.items():
             # Less often than an operator alone is measured, and a ratio of two.
             began, n_times = time.perf_counter(), 0
-            while n_times < 1 or (time.perf_counter() < began + BESIDE_S and n_times < MOST_BESIDE):
+            while n_times < 1 or (time.perf_counter() < min(end, began + BESIDE_S) and n_times < MOST_BESIDE):
                 for (name, size), ratio in _slowdowns(few, traffic).items():
                     ratios.setdefault((name, lane, size), []).append(ratio)
                 n_times += 1

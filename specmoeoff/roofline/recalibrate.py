@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from specmoeoff.errors import BadInput
+from specmoeoff.estimate.tables import find_table, has_table
 from specmoeoff.roofline.probes.disk import SAMPLE_S, Reader
 from specmoeoff.roofline.probes.operators import Bench, Pass
 from specmoeoff.specs.model import ModelSpec
@@ -27,21 +27,12 @@ def typical(slices: Sequence[Slice]) -> Slice:
 
 
 class Recalibrator:
-    """Made once, with its own weights; `slice` measures."""
+    """Made once, with its own weights; `slice` measures. Raises BadInput where the profile has no operators of this model."""
 
     def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int, disk_file: Path) -> None:
-        tables = {(t.operator, t.shape, t.n_threads): t for t in profile.operators}
-        for names in (OPERATORS, OF_EARLY_PROFILES):
-            self._stored = {
-                n: tables[n, spec.shape_key, n_threads] for n in names if (n, spec.shape_key, n_threads) in tables
-            }
-            if len(self._stored) == len(names):
-                break
-        else:
-            raise BadInput(
-                f"profile {profile.name} holds no operators of this model with {n_threads} threads; "
-                "run `specmoeoff profile --model`."
-            )
+        where = spec.shape_key, n_threads
+        names = OPERATORS if has_table(profile, OPERATORS[-1], *where) else OF_EARLY_PROFILES
+        self._stored = {name: find_table(profile, name, *where) for name in names}
         bench, disk = Bench(spec, n_threads), profile.disk
         self._n_active = spec.n_active
         self._reader = Reader(disk_file, disk.n_readers if disk else 2, disk.chunk_bytes if disk else 1 << 20)
@@ -61,10 +52,10 @@ class Recalibrator:
     def _scale(self, rows: int) -> float:
         """Seconds of a layer over those of the profile."""
         one = self._passes[rows]
-        samples = (one.runs if "layers.experts" in self._stored else one.layers)(PASS_S[rows])
+        samples = (one.runs if OPERATORS[-1] in self._stored else one.layers)(PASS_S[rows])
         now = stored = 0.0
         for name, table in self._stored.items():
             n = self._n_active if name.endswith("experts") else 1
             now += n * median(samples[name])
-            stored += n * table.seconds[table.grid[0].index(rows)]
+            stored += n * table(rows)
         return now / stored

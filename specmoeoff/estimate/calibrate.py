@@ -12,8 +12,12 @@ from specmoeoff.specs.record import RunRecord
 
 OPERATORS = {
     "attention": (
-        *("attention_block", "dense_block", "attention", "window_attention"),
-        *("layers.attention_block", "layers.dense_block"),
+        "attention_block",
+        "dense_block",
+        "layers.attention_block",
+        "layers.dense_block",
+        "attention",
+        "window_attention",
     ),
     "experts": ("experts", "expert", "combine", "layers.experts"),
     "head": ("head",),

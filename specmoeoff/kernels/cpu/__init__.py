@@ -602,7 +602,7 @@ class ExpertTable:
         _of("shape", shape, LayerShape)
         _of("packed", packed, Sequence)
         _of("swiglu", swiglu, Swiglu)
-        self.shape, self.swiglu = shape, swiglu
+        self.shape, self._swiglu = shape, swiglu
         n = shape.n_experts
         number, halves = _format(shape.precision if format is None else format)
         if halves != HALVES[shape.precision]:
@@ -610,7 +610,7 @@ class ExpertTable:
         if len(packed) != n:
             raise ValueError(f"packed: {len(packed)} for {n} experts")
         n_bytes = packed_expert_bytes(shape.hidden, shape.intermediate, shape.precision if format is None else format)
-        self.arrays = tuple(packed)
+        self._arrays = tuple(packed)
         self.is_complete = not any(e is None for e in packed)
         self._weights = (c_void_p * n)(
             *(None if e is None else _packed(e, n_bytes, "packed", shape.precision) for e in packed)
@@ -620,7 +620,7 @@ class ExpertTable:
             _of("biases", biases, Sequence)
             if len(biases) != n:
                 raise ValueError(f"biases: {len(biases)} for {n} experts")
-            self.arrays += tuple(biases)
+            self._arrays += tuple(biases)
             width = (2 * shape.intermediate + shape.hidden,)
             self._biases = (c_void_p * n)(*(_pointer(b, np.float32, width, "biases") for b in biases))
         self.format = number

@@ -562,6 +562,7 @@ class LayerWeights:
         weights = dict(qkv=qkv, o=o, post_norm=post_norm, **others)
         weights |= {name: w for name, w in (("input_norm", input_norm), ("router", router)) if w is not None}
         self._arrays = (weights, cosines, sines)
+        self.routes = router is not None or shape.n_experts == 1
         if (router is None) != (shape.n_experts == 1) and not (router is None and shape.shared_intermediate):
             raise ValueError("router: needed exactly where there is more than one expert")
         needed = set(shape.matrices) | {"q_latent_norm", "kv_latent_norm"} & set(shape.vectors)
@@ -656,6 +657,8 @@ class LayerStack:
                 _of("experts", table, ExpertTable)
                 if table.shape != layer.shape:
                     raise ValueError("experts: a table is of another shape than its layer")
+                if not layer.routes:
+                    raise ValueError("router: missing in a layer that has experts to choose from")
         self.layers, self.experts = tuple(layers), tuple(experts)
         self.n_positions = min(layer.n_positions for layer in layers)
         first_of: dict[object, tuple[LayerWeights, ExpertTable | None]] = {}

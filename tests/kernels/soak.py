@@ -318,7 +318,9 @@ def attention_block(d: Draw) -> Call:
 def _table(d: Draw, shape: Call, complete: bool) -> Call:
     s = shape.arguments
     sizes = s["hidden"], s["intermediate"], s.get("precision", "bf16")
-    packed = [d.expert(*sizes) if complete or d.random() < 0.7 else None for _ in range(s["n_experts"])]
+    # One at least: a table with none holds nothing of `intermediate`'s size.
+    present = d.randrange(s["n_experts"])
+    packed = [d.expert(*sizes) if complete or e == present or d.random() < 0.7 else None for e in range(s["n_experts"])]
     width = 2 * s["intermediate"] + s["hidden"]
     biases = [d.array(np.float32, width) for _ in packed] if d.random() < 0.3 else None
     return Call(cpu.ExpertTable, {"shape": shape, "packed": packed, "biases": biases})

@@ -318,7 +318,7 @@ def attention_block(d: Draw) -> Call:
 def _table(d: Draw, shape: Call, complete: bool) -> Call:
     s = shape.arguments
     sizes = s["hidden"], s["intermediate"], s.get("precision", "bf16")
-    # One at least: a table with none holds nothing of `intermediate`'s size.
+    # One at least, so that something is of `intermediate`'s size.
     present = d.randrange(s["n_experts"])
     packed = [d.expert(*sizes) if complete or e == present or d.random() < 0.7 else None for e in range(s["n_experts"])]
     width = 2 * s["intermediate"] + s["hidden"]
@@ -347,7 +347,7 @@ def layers(d: Draw) -> Call:
     n = d.randint(1, 2)
     stack = {
         "layers": [d.layer(shape) for _ in range(n)],
-        "experts": [_table(d, shape, True) if d.random() < 0.9 else None for _ in range(n)],
+        "experts": [_table(d, shape, True) if i == 0 or d.random() < 0.9 else None for i in range(n)],
     }
     arrays = {**d.pages(shape.run().kv, n), **_rows_of(d, shape.arguments, batches[0])}
     return Call(
@@ -565,6 +565,9 @@ OF_ARGUMENT: dict[str, dict[str, Mutation]] = {
         )
     },
     "cosines": {"too few positions": _few_positions},
+    # A layer with a shared expert may do without a router, of however many experts.
+    "router": {"nothing": lambda d, w, s: SKIP if s["shape"].arguments.get("shared_intermediate") else None},
+    "n_experts": {"other size": lambda d, n, s: SKIP if s.get("shared_intermediate") else n + 64},
     "pages": {"other page size": lambda d, a, s: a[..., :-4].copy()},
     "tree": {"blind to itself": _blind},
 }
@@ -580,7 +583,7 @@ def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[s
     if value is None or isinstance(value, bool) or name == "clip_qkv":
         return {}
     if isinstance(value, np.ndarray):
-        found = ARRAYS | ({} if name in COPIED else LAYOUTS) | OF_ARGUMENT.get(name, {})
+        found = ARRAYS | ({} if name in COPIED else LAYOUTS)
         found |= WRITTEN if name in kernel.writes and not in_list else {}
     elif isinstance(value, list):
         found = LISTS
@@ -588,6 +591,8 @@ def mutations_of(name: str, value: Any, kernel: Kernel, in_list: bool) -> dict[s
         found = NOTHING
     else:
         found = TEXTS if isinstance(value, str) else SIZES if isinstance(value, int) else REALS
+    if not isinstance(value, list):
+        found = found | OF_ARGUMENT.get(name, {})
     if name in OPTIONAL_SIZES:
         found = {mutation: SIZES[mutation] for mutation in ("a fraction", "beyond int32", "another object")}
     free = {"other size"} if name in kernel.free else set()

@@ -25,7 +25,16 @@ from specmoeoff.roofline.probes.link import COPY_BYTES, copying, cuda_device, im
 from specmoeoff.roofline.probes.operators import Traffic, measure_operators
 from specmoeoff.roofline.timing import measurement, modes
 from specmoeoff.specs.model import ModelSpec
-from specmoeoff.specs.profile import DiskLink, HardwareProfile, LinkCurve, Machine, OperatorTable, Quality, Roof
+from specmoeoff.specs.profile import (
+    DiskLink,
+    HardwareProfile,
+    LinkCurve,
+    Machine,
+    Measurement,
+    OperatorTable,
+    Quality,
+    Roof,
+)
 
 GIB = 1 << 30
 ABOVE_PEAK = 1.02
@@ -194,9 +203,11 @@ def measure_profile(
         once_more = until - begun > SHORT_S
         while once_more:
             progress("peaks and caches again", 0.95)
-            peaks = [_merged(*pair) for pair in zip(peaks, cpu_probes.peaks(counts, tally)[0], strict=True)]
+            peaks = _merged(peaks, cpu_probes.peaks(counts, tally)[0])
             memory.measure_caches()
-            products = [_merged(*pair) for pair in zip(products, gemm_peaks(counts)[0], strict=True)]
+            again = cpu_probes.latencies(memory.caches)
+            latency = {level: _pooled(seconds, again[level]) for level, seconds in latency.items()}
+            products = _merged(products, gemm_peaks(counts)[0])
             for _ in range(4):
                 sample_again()
             once_more = time.perf_counter() < until - LAST_S
@@ -259,10 +270,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _merged(one: Roof, other: Roof) -> Roof:
-    rate = one.rate
-    samples = (*rate.samples, *other.rate.samples)
-    return one.model_copy(update={"rate": measurement(samples, rate.unit, rate.statistic, rate.note)})
+def _pooled(one: Measurement, other: Measurement) -> Measurement:
+    return measurement((*one.samples, *other.samples), one.unit, one.statistic, one.note)
+
+
+def _merged(roofs: list[Roof], again: list[Roof]) -> list[Roof]:
+    pairs = zip(roofs, again, strict=True)
+    return [one.model_copy(update={"rate": _pooled(one.rate, other.rate)}) for one, other in pairs]
 
 
 def _gpu(name: str | None, budget_s: float, progress: Progress) -> tuple[list[Roof], list[LinkCurve], dict[str, str]]:

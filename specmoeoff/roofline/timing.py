@@ -30,9 +30,9 @@ def sample(work: Callable[[], object], budget_s: float, min_samples: int = 5) ->
 
 
 def measurement(samples: Sequence[float], unit: str, statistic: str = "median", note: str = "") -> Measurement:
-    """Keep all samples; `statistic` (median, p75, p95, max) is what planners read."""
+    """Keep all samples; `statistic` (min, p25, median, p75, p95, max) is what planners read."""
     values = np.asarray(samples, float)
-    value = np.percentile(values, {"median": 50, "p75": 75, "p95": 95, "max": 100}[statistic])
+    value = np.percentile(values, {"min": 0, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}[statistic])
     kept = tuple(float(f"{s:.6g}") for s in samples)
     return Measurement(value=float(value), unit=unit, statistic=statistic, samples=kept, note=note)
 

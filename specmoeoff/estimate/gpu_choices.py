@@ -113,9 +113,10 @@ def make_problem(
         )
     drafts = [Draft("none", 0, 0, 1.0)]
     for name in (drafter if draft else "eagle", "ngram"):
-        rates = workload.acceptance[name].conditional if name in workload.acceptance else ()
-        for k in range(1, min(len(rates), longest_draft) + 1):
-            drafts.append(Draft(name, k, k if name != "ngram" else 0, expected_tokens(rates, k)))  # type: ignore[arg-type]
+        if known := workload.acceptance.get(name):
+            for k in range(1, min(len(known.conditional), longest_draft) + 1):
+                tokens = expected_tokens(known.conditional, k, known.of_text)
+                drafts.append(Draft(name, k, k if name != "ngram" else 0, tokens))  # type: ignore[arg-type]
     if workload.popularity is None:
         popularity = zipf_popularity(spec.n_experts, spec.n_active, workload.popularity_zipf)
     else:

@@ -32,7 +32,8 @@ def tokens_per_round(workload: Workload, decode: PlanDecode) -> float:
         return 1.0
     if decode.drafter not in workload.acceptance:
         raise BadInput(f"workload {workload.name}: acceptance of drafter {decode.drafter!r} was not measured.")
-    return expected_tokens(workload.acceptance[decode.drafter].conditional, decode.draft_length)
+    known = workload.acceptance[decode.drafter]
+    return expected_tokens(known.conditional, decode.draft_length, known.of_text)
 
 
 def expert_uses(
@@ -69,9 +70,10 @@ def window_shape(
     k, n = decode.draft_length if decode.drafter != "none" else 0, len(contexts)
     drafts: list[tuple[RequestTokens, ...]] = []
     if decode.drafter in ("model", "eagle") and k:
-        rates = workload.acceptance[decode.drafter].conditional
+        known = workload.acceptance[decode.drafter]
         # A model lacks its own last token where all were accepted; a head takes all accepted ones again, from true states.
-        first = expected_tokens(rates, k) if decode.drafter == "eagle" else 1.0 + all_accepted(rates, k)
+        is_head = decode.drafter == "eagle"
+        first = (expected_tokens if is_head else all_accepted)(known.conditional, k, known.of_text) + (not is_head)
         drafts = [tuple(RequestTokens(first if step == 0 else 1.0, c + step) for c in contexts) for step in range(k)]
     parts = np.array_split(np.arange(n), min(decode.micro_batches, n))
     micro_batches = tuple(tuple(RequestTokens(k + 1.0, contexts[i]) for i in part) for part in parts)

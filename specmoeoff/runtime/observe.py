@@ -1,6 +1,6 @@
 """Measures how requests behave on a model: lengths, acceptance by position, popularity and union of experts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -13,8 +13,7 @@ from specmoeoff.runtime.engine import Engine
 from specmoeoff.runtime.pack import PackedModel
 from specmoeoff.runtime.process import available_bytes
 from specmoeoff.runtime.sampling import GREEDY
-from specmoeoff.runtime.sequence import Request
-from specmoeoff.runtime.verify import accept
+from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.plan import DrafterName, PlanDecode, PlanExperts, PlanThreads
 from specmoeoff.specs.workload import Acceptance, Lengths, UnionPoint, Workload
@@ -26,27 +25,46 @@ UNION_TOKENS = (1, 2, 3, 5, 9, 13)
 
 @dataclass
 class AcceptanceCounter:
-    """Counts, for every draft position, how often it was tried (all before it accepted) and accepted."""
+    """Counts, for every draft position, how often it was tried (all before it accepted) and accepted. A drafter that proposes
+    fewer tokens than asked for missed. of_text: as `Acceptance` has it; rounds after a whole draft are then not counted."""
 
+    of_text: bool = False
     tried: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(LONGEST_DRAFT, np.int64))
     n_rounds: int = 0
-    # A drafter that found nothing more to propose missed; one cut short by the request's end did not.
-    short_is_miss: bool = False
+    _n_output: dict[Sequence, int] = field(default_factory=dict)
+    _amid_run: set[Sequence] = field(default_factory=set)
 
-    def __call__(self, drafted: list[int], chosen: list[int]) -> int:
-        count = accept(drafted, chosen)
+    def see(self, sequences: Iterable[Sequence]) -> None:
+        """After every window: those that gained more than their first token went through a round."""
+        for s in sequences:
+            before = self._n_output.get(s, 0)
+            if s.n_output == before:
+                continue
+            self._n_output[s] = s.n_output
+            if before:
+                self._count(s, s.n_output - before - 1, min(LONGEST_DRAFT, s.request.max_tokens - before - 1))
+
+    def _count(self, sequence: Sequence, n_accepted: int, offered: int) -> None:
+        skipped = sequence in self._amid_run
+        (self._amid_run.add if self.of_text and n_accepted == LONGEST_DRAFT else self._amid_run.discard)(sequence)
+        if skipped:
+            return
         self.n_rounds += 1
-        self.accepted[:count] += 1
-        offered = LONGEST_DRAFT if self.short_is_miss else len(drafted)
-        self.tried[: min(count + 1, offered)] += 1
-        return count
+        self.accepted[:n_accepted] += 1
+        missed = n_accepted < offered and sequence.finish_reason != "stop"
+        self.tried[: n_accepted + missed] += 1
 
     def acceptance(self, provenance: str) -> Acceptance:
         """Positions tried fewer than 30 times hold no information and end the table."""
         n_known = int(np.argmax(self.tried < 30)) if (self.tried < 30).any() else len(self.tried)
         rates = self.accepted[:n_known] / np.maximum(self.tried[:n_known], 1)
-        return Acceptance(conditional=tuple(float(r) for r in rates), n_rounds=self.n_rounds, provenance=provenance)
+        return Acceptance(
+            conditional=tuple(float(r) for r in rates),
+            n_rounds=self.n_rounds,
+            provenance=provenance,
+            of_text=self.of_text,
+        )
 
 
 def observing_residents(target: PackedModel) -> int:
@@ -66,7 +84,7 @@ def observing_experts(spec: ModelSpec, n_resident: int) -> PlanExperts:
     )
 
 
-def lengths(counts: Sequence[int]) -> Lengths:
+def lengths(counts: list[int]) -> Lengths:
     """Summary of token counts."""
     return Lengths(
         mean=float(np.mean(counts)),
@@ -105,7 +123,7 @@ def _distinct(counts: list[int], index: np.ndarray, n_requests: int, n_tokens: i
 def observe(
     target: PackedModel,
     drafts: Mapping[DrafterName, PackedModel | EagleHead | None],
-    requests: Sequence[Request],
+    requests: list[Request],
     threads: PlanThreads,
     batch: int,
     n_resident: int,
@@ -132,14 +150,14 @@ def observe(
             context_tokens=context,
             prefill_chunk_tokens=512,
         )
-        counter = AcceptanceCounter(short_is_miss=drafter == "ngram")
+        counter = AcceptanceCounter(of_text=drafter == "model")
         with Engine(target, draft, decode, experts, threads) as engine:
-            engine.accept = counter
             engine.submit(replace(r, sampling=GREEDY) for r in requests)
             total = sum(r.max_tokens for r in requests)
             done = 0
             routing = engine.log_routing()
             for window in engine.run():
+                counter.see([*engine.live, *engine.finished])
                 done += window.tokens
                 progress((turn + done / total) / len(drafts))
                 if window.prefill_rows == 0:

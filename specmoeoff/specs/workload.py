@@ -22,11 +22,16 @@ class Lengths(Spec):
 
 
 class Acceptance(Spec):
-    """conditional[i]: share of rounds in which draft token i+1 was accepted, among those in which token i was."""
+    """conditional[i]: share of rounds in which draft token i+1 was accepted, among those in which token i was.
+
+    of_text: the rounds counted are those that follow a rejection, and whether a token is accepted depends on the text before
+    it alone, not on where its round began: rounds of every draft length follow from these.
+    """
 
     conditional: tuple[Share, ...]
     n_rounds: int
     provenance: str
+    of_text: bool = False
 
 
 class UnionPoint(Spec):

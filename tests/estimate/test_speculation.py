@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.speculation import (
@@ -44,6 +46,30 @@ def test_expected_tokens_agree_with_simulated_rounds() -> None:
     emitted = 1 + np.cumprod(accepted, axis=1).sum(axis=1)
     assert expected_tokens(rates, 4) == pytest.approx(emitted.mean(), rel=0.01)
     assert all_accepted(rates, 4) == pytest.approx(np.prod(rates))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 11, 30])
+def test_where_only_the_text_decides_rounds_of_every_length_follow_from_its_runs(k: int) -> None:
+    rng, known = np.random.default_rng(2), 30
+    place = np.arange(200)
+    goes_on = np.minimum(0.7 + 0.03 * place, 0.94)  # a run of hits is the likelier to go on the longer it is
+    runs = (np.cumprod(rng.random((50_000, len(place))) < goes_on, axis=1)).sum(axis=1)
+    hits = np.ones(len(runs) + runs.sum(), bool)
+    hits[np.cumsum(runs + 1) - 1] = False
+    misses, at, n_rounds, n_whole = np.flatnonzero(~hits), 0, 0, 0
+    while at < len(hits):
+        stood = min(k, int(misses[np.searchsorted(misses, at)]) - at)
+        at, n_rounds, n_whole = at + stood + 1, n_rounds + 1, n_whole + (stood == k)
+    rates = goes_on[:known].tolist()
+    assert expected_tokens(rates, k, of_text=True) == pytest.approx(len(hits) / n_rounds, rel=0.01)
+    assert all_accepted(rates, k, of_text=True) == pytest.approx(n_whole / n_rounds, rel=0.015)
+
+
+@given(rate=st.floats(0, 1), k=st.integers(0, 12))
+def test_of_equal_rates_it_is_the_same_whether_the_text_or_the_round_decides(rate: float, k: int) -> None:
+    rates = [rate] * 12
+    assert expected_tokens(rates, k, of_text=True) == pytest.approx(expected_tokens(rates, k), rel=1e-6)
+    assert all_accepted(rates, k, of_text=True) == pytest.approx(all_accepted(rates, k), rel=1e-6)
 
 
 def test_a_draft_longer_than_what_was_measured_is_an_error() -> None:

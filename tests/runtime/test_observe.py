@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specmoeoff.runtime.observe import observe, observing_experts
+from specmoeoff.estimate.speculation import expected_tokens
+from specmoeoff.runtime.observe import LONGEST_DRAFT, AcceptanceCounter, observe, observing_experts
 from specmoeoff.runtime.pack import pack_model
-from specmoeoff.runtime.sequence import Request
+from specmoeoff.runtime.sequence import Request, Sequence
 from specmoeoff.specs.plan import Plan, PlanThreads
 from specmoeoff.specs.record import RunRecord
 from specmoeoff.tuner.space import Choice, place
@@ -33,6 +34,38 @@ def test_popularity_of_a_model_with_dense_first_layers_is_that_of_its_expert_lay
             experts = place(spec, workload, choice, n_slots)
             assert experts.n_resident == n_slots - choice.stream_slots
             assert (experts.resident[0], experts.prefetch[0]) == ((), ())
+
+
+def test_rounds_of_short_drafts_are_foreseen_from_long_ones() -> None:
+    rng, n_tokens, n_texts = np.random.default_rng(3), 200, 400
+    easy = np.repeat(
+        rng.random((n_texts, n_tokens // 20)) < 0.5, 20, axis=1
+    )  # stretches of text easy to draft, and hard ones
+    hits = rng.random((n_texts, n_tokens)) < np.where(easy, 0.97, 0.7)
+
+    def decode(k: int, see: Callable[[list[Sequence]], None]) -> float:
+        rounds = 0
+        texts = [Sequence(Request(str(i), (1,), n_tokens)) for i in range(n_texts)]
+        for s in texts:
+            s.tokens = [1, 1]
+        see(texts)
+        while going := [(s, h) for s, h in zip(texts, hits, strict=True) if s.n_remaining]:
+            for s, h in going:
+                offered = h[s.n_output : s.n_output + min(k, s.n_remaining - 1)]
+                s.tokens = [1] * (len(s.tokens) + int(np.cumprod(offered).sum()) + 1)
+            rounds += len(going)
+            see(texts)
+        return n_texts * (n_tokens - 1) / rounds
+
+    counter = AcceptanceCounter(of_text=True)
+    decode(LONGEST_DRAFT, counter.see)
+    found = counter.acceptance("made up")
+    for k in (1, 3, 6, 12):
+        # Of a whole text a little less: a draft is no longer than what is left of it.
+        assert expected_tokens(found.conditional, k, found.of_text) == pytest.approx(
+            decode(k, lambda s: None), rel=0.04
+        )
+    assert 1 + np.cumprod(found.conditional[:6]).sum() < 0.93 * decode(6, lambda s: None)
 
 
 def test_what_is_held_while_observing_lies_in_layers_with_experts(save_model: Callable[..., Path]) -> None:

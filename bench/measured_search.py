@@ -22,7 +22,7 @@ from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.checkpoint import read_model_spec
 from specmoeoff.runtime.loading import default_draft, model_folder, open_plan
 from specmoeoff.runtime.process import available_bytes
-from specmoeoff.runtime.trial import decode_rate
+from specmoeoff.runtime.trial import run_trial
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.workload import Workload
@@ -73,7 +73,8 @@ class Measured:
 
     def rate(self, plan: Plan) -> float:
         """In this process: opening is for free once it is cached, so that trials are short."""
-        return decode_rate(plan, open_plan(plan), self.windows)
+        trial = run_trial(plan, open_plan(plan), self.windows)
+        return trial.tokens_per_s(plan.decode, self.request.workload.acceptance.get(plan.decode.drafter))
 
     def tell(self, what: str, choice: Choice, rate: float) -> None:
         predicted = self.tuner.part(choice).predicted.tokens_per_s

@@ -455,6 +455,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose draft length, batch, placement, prefetch, micro-batches and threads."""
+    from functools import partial
+
     from specmoeoff.profiles import find, names
     from specmoeoff.runtime.checkpoint import read_model_spec
     from specmoeoff.runtime.loading import find_draft, model_folder
@@ -512,7 +514,7 @@ def tune(
             storage=storage,
             command=" ".join(["specmoeoff", *sys.argv[1:]]),
             measure_top=measure,
-            measure=rate_in_own_process if measure else None,
+            measure=partial(rate_in_own_process, acceptance=behaviour.acceptance) if measure else None,
             progress=lambda share: bar("tuning", share),
         )
         only_without_gpu = {

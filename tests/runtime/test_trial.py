@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from specmoeoff.errors import TrialFailed
-from specmoeoff.runtime.trial import rate_in_own_process
+from specmoeoff.runtime.trial import Trial, rate_in_own_process
 from specmoeoff.specs.plan import Plan
+from specmoeoff.specs.workload import Acceptance
 
 
 def child() -> int | None:
@@ -65,3 +66,15 @@ def test_every_end_has_a_name(
     with pytest.raises(TrialFailed) as failed:
         rate_in_own_process(plan, timeout_s=1.0 if kind == "timeout" else 60.0)
     assert failed.value.kind == kind
+
+
+def test_rounds_known_from_before_count_beside_the_trials_own(plan: Plan) -> None:
+    decode = plan.decode.model_copy(update={"drafter": "model", "draft_length": 2, "batch": 4})
+    trial = Trial(window_s=0.5, tokens_per_round=2.5, n_rounds=30)
+    assert trial.tokens_per_s(decode) == pytest.approx(4 * 2.5 / 0.5)
+    known = Acceptance(conditional=(0.5, 0.5), n_rounds=10, provenance="made up")
+    assert trial.tokens_per_s(decode, known) == pytest.approx(4 * (30 * 2.5 + 10 * 1.75) / 40 / 0.5)
+    said = known.model_copy(update={"n_rounds": 0})
+    assert trial.tokens_per_s(decode, said) == trial.tokens_per_s(decode)
+    longer = decode.model_copy(update={"draft_length": 3})
+    assert trial.tokens_per_s(longer, known) == trial.tokens_per_s(longer)

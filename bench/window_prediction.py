@@ -112,7 +112,7 @@ def rows_of(
                 validator._forecast(named[name], blocks, limit, speed).prediction for speed in (moment, None)
             )
             kinds = {kind for w in windows for kind in w.phases_s if kind != "wait"}
-            nodes = {kind: fmean(w.phases_s.get(kind, 0.0) for w in windows) for kind in kinds}
+            nodes = {kind: median(w.phases_s.get(kind, 0.0) for w in windows) for kind in kinds}
             worst, error = "", 0.0
             for kind, measured_s in nodes.items():
                 off = found.phases_s.get(kind, 0.0) / measured_s - 1 if measured_s else 0.0

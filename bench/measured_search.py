@@ -4,7 +4,7 @@ length is within 3 % of the best measured from 0 to 15.
 The demo model on the machine of the given profile, its disk capped. The grid is draft length x live requests x residents, all
 else as predicted best; then the study's plan, the grid's best, the predicted plan and the best draft length take turns in
 pairs. Prints both claims with the 95 % interval of the paired ratios and writes bench/measured_search.csv:
-`python bench/measured_search.py profile.json workload.json`, about twenty minutes; `--quick` rehearses it.
+`python bench/measured_search.py profile.json workload.json`, about half an hour; `--quick` rehearses it.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from statistics import median
 
 import numpy as np
 import pytest
@@ -49,7 +50,9 @@ def spin(seconds: float) -> None:
 
 @contextmanager
 def busy(n: int, seconds: float) -> Iterator[None]:
-    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    # All have come up before the first does anything.
+    with ProcessPoolExecutor(n, mp_context=context, initializer=context.Barrier(n).wait) as pool:
         list(pool.map(spin, [0.01] * n))
         waiting = [pool.submit(spin, seconds) for _ in range(n)]
         time.sleep(0.2)
@@ -60,15 +63,19 @@ def busy(n: int, seconds: float) -> Iterator[None]:
 
 @pytest.mark.alone
 def test_a_busy_machine_is_noticed_and_its_peak_found_all_the_same() -> None:
-    def clock_ghz() -> float:
-        return max(cpu.clock_ghz() for _ in range(5))
+    def a_cycle(tally: Tally) -> float:
+        """By the clock of the moment: where other guests heat the package, it moves by itself. A turn takes a fifth of a second
+        where a CPU has but one kind to measure, which the scheduler lets a newcomer have: so several."""
+        turns = []
+        for _ in range(7):
+            before = max(cpu.clock_ghz() for _ in range(3))
+            peak = next(r.rate.value for r in cpu.peaks([1], tally)[0] if r.name == "fp32_fma")
+            turns.append(peak / max(before, *(cpu.clock_ghz() for _ in range(3))))
+        return median(turns)
 
-    tally = Tally()
-    # By the clock of the moment: where other guests heat the package, it moves by itself.
-    alone = best("fp32_fma") / clock_ghz()
-    with busy(2 * len(os.sched_getaffinity(0)), 4.0):
-        roofs, _ = cpu.peaks([1], tally)
-        beside = next(r.rate.value for r in roofs if r.name == "fp32_fma") / clock_ghz()
+    alone, tally = a_cycle(Tally()), Tally()
+    with busy(2 * len(os.sched_getaffinity(0)), 6.0):
+        beside = a_cycle(tally)
     assert beside == pytest.approx(alone, rel=0.03)
     assert tally.waited_share > cpu.CONTENDED_SHARE
 

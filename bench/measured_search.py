@@ -72,7 +72,8 @@ class Measured:
         return self.tuner.plan(choice, plain, [choice, plain])
 
     def rate(self, plan: Plan) -> float:
-        """In this process: opening is for free once it is cached, so that trials are short."""
+        """In this process: opening is for free once it is cached, so that trials are short. As `tune --measure` has it: windows
+        are timed here, and the workload's rounds count beside the trial's."""
         trial = run_trial(plan, open_plan(plan), self.windows)
         return trial.tokens_per_s(plan.decode, self.request.workload.acceptance.get(plan.decode.drafter))
 

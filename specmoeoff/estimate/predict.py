@@ -72,8 +72,10 @@ def window_shape(
     if decode.drafter in ("model", "eagle") and k:
         known = workload.acceptance[decode.drafter]
         # A model lacks its own last token where all were accepted; a head takes all accepted ones again, from true states.
-        is_head = decode.drafter == "eagle"
-        first = (expected_tokens if is_head else all_accepted)(known.conditional, k, known.of_text) + (not is_head)
+        if decode.drafter == "eagle":
+            first = expected_tokens(known.conditional, k, known.of_text)
+        else:
+            first = 1.0 + all_accepted(known.conditional, k, known.of_text)
         drafts = [tuple(RequestTokens(first if step == 0 else 1.0, c + step) for c in contexts) for step in range(k)]
     parts = np.array_split(np.arange(n), min(decode.micro_batches, n))
     micro_batches = tuple(tuple(RequestTokens(k + 1.0, contexts[i]) for i in part) for part in parts)

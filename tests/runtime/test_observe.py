@@ -38,9 +38,8 @@ def test_popularity_of_a_model_with_dense_first_layers_is_that_of_its_expert_lay
 
 def test_rounds_of_short_drafts_are_foreseen_from_long_ones() -> None:
     rng, n_tokens, n_texts = np.random.default_rng(3), 200, 400
-    easy = np.repeat(
-        rng.random((n_texts, n_tokens // 20)) < 0.5, 20, axis=1
-    )  # stretches of text easy to draft, and hard ones
+    # Stretches of text easy to draft, and hard ones.
+    easy = np.repeat(rng.random((n_texts, n_tokens // 20)) < 0.5, 20, axis=1)
     hits = rng.random((n_texts, n_tokens)) < np.where(easy, 0.97, 0.7)
 
     def decode(k: int, see: Callable[[list[Sequence]], None]) -> float:

@@ -197,7 +197,7 @@ def measure_profile(
         for i, (spec, n_threads) in enumerate(todo):
             progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
             share_s = (until - time.perf_counter()) / (len(todo) - i)
-            rounds = 9 if n_threads == me.n_cores else 3
+            rounds = 15 if n_threads == me.n_cores else 3
             tables += measure_operators(spec, n_threads, share_s, rounds, sample_again, lanes)
         # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
         once_more = until - begun > SHORT_S

@@ -1,8 +1,8 @@
-"""The disk's and the compute's speed of the moment, in slices of a tenth of a second beside what is judged."""
+"""The disk's and the compute's speed of the moment, in slices of a quarter of a second beside what is judged."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from specmoeoff.estimate.tables import find_table, has_table
 from specmoeoff.roofline.probes.disk import SAMPLE_S, Reader
@@ -11,8 +11,8 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import Slice
 
-FEW_ROWS, MANY_ROWS = 4, 64  # bound by memory, and by arithmetic
-PASS_S = {FEW_ROWS: 0.025, MANY_ROWS: 0.03}
+FEW_ROWS, MANY_ROWS = (2, 4, 8), (48, 64, 96)  # bound by memory, and by arithmetic
+FEW_S, MANY_S = 0.05, 0.15
 OPERATORS = ("layers.attention_block", "layers.experts")
 OF_EARLY_PROFILES = ("attention_block", "experts")
 
@@ -27,7 +27,8 @@ def typical(slices: Sequence[Slice]) -> Slice:
 
 
 class Recalibrator:
-    """Made once, with its own weights; `slice` measures. Raises BadInput where the profile has no operators of this model."""
+    """Made once, with its own weights; `slice` measures, sizes taking turns: one alone would pass on what the profile is off by
+    there. Raises BadInput where the profile has no operators of this model."""
 
     def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int, disk_file: Path) -> None:
         where = spec.shape_key, n_threads
@@ -36,7 +37,7 @@ class Recalibrator:
         bench, disk = Bench(spec, n_threads), profile.disk
         self._n_active = spec.n_active
         self._reader = Reader(disk_file, disk.n_readers if disk else 2, disk.chunk_bytes if disk else 1 << 20)
-        self._passes = {rows: Pass(bench, rows) for rows in (FEW_ROWS, MANY_ROWS)}
+        self._passes = {rows: Pass(bench, rows) for rows in FEW_ROWS + MANY_ROWS}
         for one in self._passes.values():
             one.run(0.0)
         self.slices: list[Slice] = []
@@ -44,18 +45,20 @@ class Recalibrator:
     def slice(self) -> Slice:
         """Measure now."""
         # Compute first: cores that waited for the disk are slow to come back.
-        few, many = (self._scale(rows) for rows in (FEW_ROWS, MANY_ROWS))
+        turn = len(self.slices)
+        few = self._scale(FEW_ROWS[turn % len(FEW_ROWS)], FEW_S)
+        many = self._scale(MANY_ROWS[turn % len(MANY_ROWS)], MANY_S)
         found = Slice(disk_gb_per_s=self._reader.read(SAMPLE_S) / 1e9, memory_scale=few, compute_scale=many)
         self.slices.append(found)
         return found
 
-    def _scale(self, rows: int) -> float:
-        """Seconds of a layer over those of the profile."""
+    def _scale(self, rows: int, seconds: float) -> float:
+        """Seconds of a layer over those of the profile. A window is a sum: it feels the mean."""
         one = self._passes[rows]
-        samples = (one.runs if OPERATORS[-1] in self._stored else one.layers)(PASS_S[rows])
+        samples = (one.runs if OPERATORS[-1] in self._stored else one.layers)(seconds)
         now = stored = 0.0
         for name, table in self._stored.items():
             n = self._n_active if name.endswith("experts") else 1
-            now += n * median(samples[name])
+            now += n * fmean(samples[name])
             stored += n * table(rows)
         return now / stored

@@ -44,6 +44,7 @@ COLD_BYTES = 200 << 20  # weights are rotated through at least this much, so tha
 OF_EXPERTS = ("expert", "experts", "layers.experts")
 GAP_S = 50e-6  # what the runtime's Python takes between two kernels: long enough for idle threads to fall asleep
 PASS_S, PASSES_OF_BUDGET, COLD_LAYERS = 0.025, 200, 2  # a budget too small for so many shortens each
+ROUNDS_OF_ALL = 3
 MOST_BATCHES = 16
 # Beside other lanes: where memory is the limit, and where arithmetic is.
 ROWS_BESIDE, TOKENS_BESIDE = (16, 128), 5
@@ -311,13 +312,14 @@ def measure_operators(
     spec: ModelSpec,
     n_threads: int,
     budget_s: float,
-    rounds: int = 7,
+    rounds: int,
     between: Callable[[], None] = lambda: None,
     lanes: Mapping[str, Traffic] = MappingProxyType({}),
 ) -> list[OperatorTable]:
     """The tables of one model and thread count, alone and beside each of `lanes`.
 
-    Sizes take turns, so that a change of speed hits all alike; `between` is called after every round.
+    Sizes take turns, so that a change of speed hits all alike. A size of long samples takes part in the first rounds only:
+    they hold many bursts of a busy machine, short ones one or none. `between` is called after every round.
     """
     bench = Bench(spec, n_threads)
     passes = {rows: Pass(bench, rows) for rows in ROWS}
@@ -337,11 +339,16 @@ def measure_operators(
     few.append((float(TOKENS_BESIDE), lambda: {name: [measure()] for name, measure in longest.items()}))
     for one in passes.values():
         one.layers(0.0)
+    spent_s = dict.fromkeys(ROWS, 0.0)
     end, n_rounds = time.perf_counter() + budget_s, 0
-    while n_rounds < (3 if pass_s == PASS_S else 1) or (n_rounds < rounds and time.perf_counter() < end):
+    while n_rounds < (ROUNDS_OF_ALL if pass_s == PASS_S else 1) or (n_rounds < rounds and time.perf_counter() < end):
         for rows, one in passes.items():
+            if n_rounds >= ROUNDS_OF_ALL and len(ROWS) * spent_s[rows] > sum(spent_s.values()):
+                continue
+            began = time.perf_counter()
             for name, found in one.run(pass_s).items():
                 samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
+            spent_s[rows] += time.perf_counter() - began
         for key, measure in over_context.items():
             samples.setdefault(key, []).append(measure())
         for wait_s in WAITS_S:

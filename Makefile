@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 
 # Two at a time; a wait for a thread of the other's is better slept through than spun through.
 test: lint sanitize
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone tests/roofline
 	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m "not alone"
 
 lint: $(VENV)/developing
@@ -28,7 +28,7 @@ SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_
 sanitize: $(VENV)/developing
 	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
 	cmake --build build/sanitized --parallel
-	SPECMOEOFF_EXAMPLES=8 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
+	SPECMOEOFF_EXAMPLES=5 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
 	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
 
 # One script per claim; each prints a table and writes one CSV.

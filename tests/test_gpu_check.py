@@ -54,7 +54,7 @@ def test_a_section_that_hangs_is_ended_and_what_it_found_is_kept(tmp_path: Path)
     script = tmp_path / "hang.py"
     script.write_text(
         f"import sys, time\nsys.path.insert(0, {str(TOOL.parent)!r})\nimport gpu_check\nfrom gpu_sections import Row\n"
-        "gpu_check.make_device = lambda *_: None\n"
+        "gpu_check.make_device, gpu_check.GRACE_S = lambda *_: None, 8.0\n"
         "def slow(setting):\n    yield Row('first', 1)\n    time.sleep(600)\n"
         "gpu_check.SECTIONS['machine'] = (slow, 0.0)\ngpu_check.__file__ = __file__\nsys.exit(gpu_check.main())\n"
     )

@@ -1,4 +1,4 @@
-"""The disk's and the compute's speed of the moment, in slices of a quarter of a second beside what is judged."""
+"""The disk's and the compute's speed of the moment, in slices of a sixth of a second beside what is judged."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import Slice
 
 FEW_ROWS, MANY_ROWS = (2, 4, 8), (48, 64, 96)  # bound by memory, and by arithmetic
-FEW_S, MANY_S = 0.05, 0.15
+FEW_S, MANY_S = 0.03, 0.08
 OPERATORS = ("layers.attention_block", "layers.experts")
 OF_EARLY_PROFILES = ("attention_block", "experts")
 

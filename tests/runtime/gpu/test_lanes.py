@@ -125,7 +125,7 @@ def test_the_gpus_windows_are_the_cpus(
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("n_parts", [1, 2])
+@pytest.mark.parametrize("n_parts", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_no_order_that_events_allow_changes_a_bit(
     mixtral_for_gpu: Path, make_device: Callable[[int], Device], place: str, n_parts: int
 ) -> None:
@@ -140,7 +140,7 @@ def test_no_order_that_events_allow_changes_a_bit(
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("n_parts", [1, 2])
+@pytest.mark.parametrize("n_parts", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_every_wait_is_needed_and_missed(mixtral_for_gpu: Path, place: str, n_parts: int) -> None:
     """Whichever is left out, two pieces of work touch the same memory in no order."""
     with Remembered(mixtral_for_gpu) as weights:

@@ -123,8 +123,11 @@ class Prices:
         """Of every node, all windows being equal; a load's is that of the whole expert."""
         window = graph.nodes[: graph.ends[0] + 1]
         streamed = {node.layer for node in window if node.kind == "load"}
+        # While drafts are made, what is prefetched lies in its slots already, and no router has asked for more.
         return [
-            self._load_s if node.lane == "disk" else self._price(node, bool(streamed), node.layer not in streamed)
+            self._load_s
+            if node.lane == "disk"
+            else self._price(node, bool(streamed) and node.kind != "draft", node.layer not in streamed)
             for node in window
         ] * len(graph.ends)
 

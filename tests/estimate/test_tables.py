@@ -4,8 +4,12 @@ import math
 
 import pytest
 
+from specmoeoff.estimate.planned import planned_schedule
 from specmoeoff.estimate.tables import find_table, wake_s
+from specmoeoff.specs.model import ModelSpec
+from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile, Measurement, OperatorTable, Slowdown
+from specmoeoff.specs.workload import Workload
 
 
 def _beside(table: OperatorTable, *ratios: tuple[float, float]) -> OperatorTable:
@@ -48,6 +52,22 @@ def test_what_was_not_measured_beside_the_disk_or_ran_faster_takes_as_long(slowe
     assert find_table(changed, "expert", shape, n_threads, 1.0)(4.0) == find_table(changed, "expert", shape, n_threads)(
         4.0
     )
+
+
+def test_layers_run_beside_the_disk_and_drafts_do_not(
+    made_up_profile: HardwareProfile,
+    made_up_workload: Workload,
+    plan: Plan,
+    target_spec: ModelSpec,
+    draft_spec: ModelSpec,
+) -> None:
+    tables = tuple(_beside(t, (16.0, 2.0)) for t in made_up_profile.operators)
+    calm, disturbed = (
+        planned_schedule(plan, profile, made_up_workload, target_spec, draft_spec).phases_s
+        for profile in (made_up_profile, made_up_profile.model_copy(update={"operators": tables}))
+    )
+    assert disturbed["draft"] == pytest.approx(calm["draft"])
+    assert disturbed["attention"] > 1.01 * calm["attention"]
 
 
 def test_waking_is_read_between_waits_and_no_longer_than_the_longest(made_up_profile: HardwareProfile) -> None:

@@ -1,13 +1,17 @@
 """The command line as people meet it: instant help, one sentence for bad input, the right exit code, nothing half-written."""
 
+import io
 import json
 import subprocess
 import sys
+import warnings
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from specmoeoff.cli import parse_bytes
+from specmoeoff.cli import main, parse_bytes
 from specmoeoff.errors import BadInput
 from specmoeoff.specs.plan import Plan
 from specmoeoff.specs.profile import HardwareProfile
@@ -15,8 +19,24 @@ from specmoeoff.specs.workload import Workload
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The program, in this process: a new one takes a second to start."""
+    command, told, wrong = ["specmoeoff", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with (
+        chdir(cwd or "."),
+        redirect_stdout(told),
+        redirect_stderr(wrong),
+        mock.patch.object(sys, "argv", command),
+        warnings.catch_warnings(action="error"),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0), told.getvalue(), wrong.getvalue())
+
+
+def started(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program as it is started from a shell."""
     command = [sys.executable, "-W", "error", "-m", "specmoeoff", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -64,13 +84,13 @@ def test_every_command_has_help() -> None:
 
 
 def test_version_and_doctor() -> None:
-    assert run("--version").stdout.startswith("specmoeoff ")
-    findings = json.loads(run("doctor", "--json").stdout)
+    assert started("--version").stdout.startswith("specmoeoff ")
+    findings = json.loads(started("doctor", "--json").stdout)
     assert {"CPU", "kernels", "direct reads", "GPU"} <= {f["name"] for f in findings}
 
 
 def test_an_unknown_option_is_exit_2() -> None:
-    refused(run("tune", "--frobnicate"), 2, "No such option")
+    refused(started("tune", "--frobnicate"), 2, "No such option")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_
 sanitize: $(VENV)/developing
 	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
 	cmake --build build/sanitized --parallel
-	SPECMOEOFF_EXAMPLES=5 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
+	SPECMOEOFF_EXAMPLES=8 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
 	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
 
 # One script per claim; each prints a table and writes one CSV.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         redirect_stdout(told),
         redirect_stderr(wrong),
         mock.patch.object(sys, "argv", command),
+        mock.patch.dict(os.environ),
         warnings.catch_warnings(action="error"),
         pytest.raises(SystemExit) as ended,
     ):

@@ -11,7 +11,7 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import Slice
 
-FEW_ROWS, MANY_ROWS = (2, 4, 8), (48, 64, 96)  # bound by memory, and by arithmetic
+FEW_ROWS, MANY_ROWS = (2, 4, 8), (48, 64, 96)  # around what costs.py takes for bound by memory, and by arithmetic
 FEW_S, MANY_S = 0.03, 0.08
 OPERATORS = ("layers.attention_block", "layers.experts")
 OF_EARLY_PROFILES = ("attention_block", "experts")

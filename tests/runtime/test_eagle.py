@@ -282,8 +282,10 @@ def done(*arguments: object) -> str:
     return found.stdout
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("kind", "precision"), [("eagle", "fp32"), ("model", "bf16")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("eagle", "fp32"), pytest.param("model", "bf16", marks=pytest.mark.long)]
+)
 def test_a_named_draft_is_profiled_measured_tuned_and_run(
     speaking_model: Path, save_model: Callable[..., Path], tmp_path: Path, kind: str, precision: str
 ) -> None:

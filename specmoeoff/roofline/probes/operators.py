@@ -362,7 +362,7 @@ def measure_operators(
                 n_times += 1
         between()
         n_rounds += 1
-    return _tables(bench, samples, ratios, n_rounds)
+    return _tables(bench, samples, ratios)
 
 
 def _slowdowns(
@@ -383,7 +383,7 @@ def _slowdowns(
 
 
 def _tables(
-    bench: Bench, samples: dict[Key, list[float]], ratios: dict[tuple[str, str, float], list[float]], n_rounds: int
+    bench: Bench, samples: dict[Key, list[float]], ratios: dict[tuple[str, str, float], list[float]]
 ) -> list[OperatorTable]:
     spec, blocks = bench.spec, {name: _block_params(bench.spec, bench.layer_of[name]) for name in bench.blocks}
     # What every row of an operator is multiplied with.
@@ -424,7 +424,7 @@ def _tables(
                 p95_s=tuple(float(np.percentile(f, 95)) for f in found),
                 flops=tuple(w[0] for w in work),
                 bytes=tuple(w[1] for w in work),
-                n_samples=n_rounds,
+                n_samples=min(map(len, found)),  # of the size that has fewest
                 loo_error=leave_one_out_error(grid[0], medians) if axes == ("rows",) else None,
                 beside=tuple(
                     Slowdown(lane=lane, size=size, ratio=measurement(found, "ratio"))  # type: ignore[arg-type]

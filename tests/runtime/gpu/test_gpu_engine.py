@@ -98,7 +98,7 @@ def test_a_draft_model_drafts_the_same_with_its_kv_on_both_sides(
 @pytest.mark.parametrize(
     ("k", "draft_kv_share", "left_out"),
     [
-        pytest.param(3, 0.6, ("layers.0.input_layernorm.weight",), marks=pytest.mark.long),
+        (3, 0.6, ("layers.0.input_layernorm.weight",)),
         pytest.param(4, 0.0, ("fc.bias",), marks=pytest.mark.long),
         pytest.param(2, 1.0, (), marks=pytest.mark.long),
     ],

@@ -26,16 +26,14 @@ Lane = Literal["gpu", "cpu", "h2d", "d2h", "disk"]
 DEMAND_RESERVE_SLOTS = 2  # one computes while the other is read; keeps layers ahead from starving the layer at hand
 
 
-@dataclass(frozen=True, slots=True)
-class RequestTokens:
+class RequestTokens(NamedTuple):
     """New tokens of one request in this window, and the tokens already in its KV cache."""
 
     n_tokens: float
     context: int
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertUse:
+class ExpertUse(NamedTuple):
     """One expert of a layer. `rows` tokens choose it if it is used at all, which happens with `probability`."""
 
     expert: int
@@ -111,7 +109,7 @@ class Builder:
         """Norm, projections, KV append, verification attention, output projection, norm and router of one micro-batch."""
         if micro_batch == 0:
             self._routers = ()
-        rows = sum(r.n_tokens for r in requests)
+        rows = sum([r.n_tokens for r in requests])
         name = f"attention {layer}.{micro_batch}"
         node = self._add("attention", name, layer, self._last, requests=tuple(requests), rows=rows)
         self._routers += (node.index,)

@@ -30,16 +30,18 @@ def rescaled(
     memory: float = 1.0,
     compute: float = 1.0,
     own: Mapping[tuple[str, str], float] | None = None,
+    shapes: Mapping[str, float] | None = None,
 ) -> HardwareProfile:
-    """The disk's rate times `disk`; operator times times `memory` for few rows and `compute` for many, and times
-    own[operator, shape]."""
-    speed, own = Calibration(1.0, memory, compute), own or {}
+    """The disk's rate times `disk`; operator times times `memory` for few rows and `compute` for many, or times shapes[shape]
+    where given, and times own[operator, shape]."""
+    speed, own, shapes = Calibration(1.0, memory, compute), own or {}, shapes or {}
 
     def table(t: OperatorTable) -> OperatorTable:
         if t.operator == "wake":  # neither bandwidth nor arithmetic
             return t
         width = len(t.seconds) // len(t.grid[0])
-        factors = [speed.scale(rows) * own.get((t.operator, t.shape), 1.0) for rows in t.grid[0] for _ in range(width)]
+        more = own.get((t.operator, t.shape), 1.0)
+        factors = [shapes.get(t.shape, speed.scale(rows)) * more for rows in t.grid[0] for _ in range(width)]
         changed = {
             name: tuple(f * s for f, s in zip(factors, getattr(t, name), strict=True))
             for name in ("seconds", "p10_s", "p95_s")
@@ -77,7 +79,10 @@ def refit(
     if draft and "draft" in ratios:
         own |= {(t.operator, t.shape): ratios["draft"] for t in profile.operators if t.shape == draft.shape_key}
     changes = {"disk rate": disk, "memory-bound operator times": memory, "compute-bound operator times": compute}
+    shapes = {}
+    if draft and (drafting := [s.draft_scale for s in slices if s.draft_scale]):
+        shapes[draft.shape_key] = changes["draft operator times"] = median(drafting)
     changes |= {f"{kind} times": ratio for kind, ratio in ratios.items()}
     said = ", ".join(f"{name} x{factor:.3f}" for name, factor in changes.items())
-    fitted = rescaled(profile, disk, memory, compute, own)
+    fitted = rescaled(profile, disk, memory, compute, own, shapes)
     return fitted.model_copy(update={"name": f"{profile.name}, refitted: {said}"}), changes

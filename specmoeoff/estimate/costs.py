@@ -12,17 +12,21 @@ from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile
 
 MEMORY_ROWS, COMPUTE_ROWS = 4.0, 64.0
+# The interpreter's between two nodes, its code and data swept from the caches by weights: windows of all-resident plans of the
+# demo less their nodes, 37 to 58 us a node on an EPYC of 2025 (batches 4 to 16, k = 0 to 5).
+NODE_GAP_S = 45e-6
 COMBINE_ROWS = 64  # the combination of a layer is shared out over its experts at this size's cost
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What was measured just now, in place of the profile's: disk rate, and operator times over the profile's for few
-    rows, where memory is the limit, and for many, where arithmetic is."""
+    rows, where memory is the limit, and for many, where arithmetic is; of a draft model by itself, where measured."""
 
     disk_gb_per_s: float
     memory_scale: float = 1.0
     compute_scale: float = 1.0
+    draft_scale: float | None = None
 
     def scale(self, rows: float) -> float:
         """For operators on `rows` tokens: between both ends on the logarithm of rows."""
@@ -150,7 +154,9 @@ class Prices:
         )
         if key not in self._memo:
             rows = max((u.rows for u in node.experts), default=node.rows)
-            self._memo[key] = self._operator(node, in_run, *self._times[streams]) * self._calibration.scale(rows)
+            speed = self._calibration
+            scale = speed.draft_scale if node.kind == "draft" and speed.draft_scale else speed.scale(rows)
+            self._memo[key] = self._operator(node, in_run, *self._times[streams]) * scale
         return self._memo[key]
 
     def _operator(self, node: Node, in_run: bool, target: ModelTimes, draft: ModelTimes | None = None) -> float:

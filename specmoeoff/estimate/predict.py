@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specmoeoff.errors import BadInput
-from specmoeoff.estimate.costs import Prices
+from specmoeoff.estimate.costs import NODE_GAP_S, Prices
 from specmoeoff.estimate.experts import probability_used
 from specmoeoff.estimate.simulate import Schedule, simulate
 from specmoeoff.estimate.speculation import all_accepted, expected_tokens
@@ -93,7 +93,7 @@ def forecast(
     """Predict the steady state of windows over these live requests."""
     shape = window_shape(spec, workload, decode, experts, contexts)
     graph = window_graph(shape, experts.stream_slots, STEADY_WINDOWS)
-    schedule = simulate(graph, prices.seconds(graph), prices.wake_s)
+    schedule = simulate(graph, prices.seconds(graph), prices.wake_s, NODE_GAP_S)
     tokens = tokens_per_round(workload, decode)
     busy = schedule.busy_s
     prediction = Prediction(

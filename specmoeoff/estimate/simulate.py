@@ -68,9 +68,14 @@ class Schedule:
         return sum(s for node, s in zip(self.graph.nodes, self.read_share, strict=True) if node.window == steady)
 
 
-def simulate(graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], float] = lambda wait_s: 0.0) -> Schedule:
+def simulate(
+    graph: Graph,
+    seconds: Sequence[float],
+    wake_s: Callable[[float], float] = lambda wait_s: 0.0,
+    gap_s: float = 0.0,
+) -> Schedule:
     """List scheduling, from one end of a node to the next. `wake_s`: what work on the CPU takes longer after a wait of so
-    many seconds. Both lanes serve the most urgent ready node: the CPU by program order, the disk by window, layer, demand
+    many seconds; `gap_s`: what lies before each node there. Both lanes serve the most urgent ready node: the CPU by program order, the disk by window, layer, demand
     before prefetch. Loads obey the slot rules of pipeline.py."""
     nodes, n = graph.nodes, len(graph.nodes)
     missing = [len(node.deps) for node in nodes]
@@ -102,8 +107,8 @@ def simulate(graph: Graph, seconds: Sequence[float], wake_s: Callable[[float], f
             if node.kind == "attention":
                 current = (node.window, node.layer)
             waited_s = now_s - waits_since_s
-            start_s[on_cpu] = now_s
-            cpu_end_s = now_s + (seconds[on_cpu] + (wake_s(waited_s) if waited_s > 0 else 0.0))
+            start_s[on_cpu] = now_s + gap_s
+            cpu_end_s = start_s[on_cpu] + (seconds[on_cpu] + (wake_s(waited_s) if waited_s > 0 else 0.0))
         if on_disk < 0 and ready_disk:
             ahead = ready_disk[0][:2] > current
             if free_slots > (graph.demand_reserve if ahead else 0):

@@ -193,12 +193,13 @@ def measure_profile(
         if me.gpu and models:
             with suppress(SpecMoEOffError):  # told with the GPU's own rows
                 lanes["h2d"] = partial(copying, cuda_device()(COPY_BYTES))
-        todo = [(spec, n) for n in reversed(counts) for spec in models]
-        for i, (spec, n_threads) in enumerate(todo):
-            progress(f"operators of {spec.name}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
+        todo = counts[::-1] if models else []
+        for i, n_threads in enumerate(todo):
+            names = ", ".join(spec.name for spec in models)
+            progress(f"operators of {names}, {n_threads} threads", 0.35 + 0.6 * i / len(todo))
             share_s = (until - time.perf_counter()) / (len(todo) - i)
             rounds = 15 if n_threads == me.n_cores else 3
-            tables += measure_operators(spec, n_threads, share_s, rounds, sample_again, lanes)
+            tables += measure_operators(models, n_threads, share_s, rounds, sample_again, lanes)
         # Bursts of a shared machine's other guests last a second or two: all once more, or as often as is time.
         once_more = until - begun > SHORT_S
         while once_more:

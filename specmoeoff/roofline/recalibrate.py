@@ -1,10 +1,11 @@
-"""The disk's and the compute's speed of the moment, in slices of a sixth of a second beside what is judged."""
+"""The disk's and the compute's speed of the moment, in slices of a fifth of a second beside what is judged."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
-from specmoeoff.estimate.tables import find_table, has_table
+from specmoeoff.estimate.tables import OperatorTimes, find_table, has_table
 from specmoeoff.roofline.probes.disk import SAMPLE_S, Reader
 from specmoeoff.roofline.probes.operators import Bench, Pass
 from specmoeoff.specs.model import ModelSpec
@@ -12,7 +13,8 @@ from specmoeoff.specs.profile import HardwareProfile
 from specmoeoff.specs.record import Slice
 
 FEW_ROWS, MANY_ROWS = (2, 4, 8), (48, 64, 96)  # around what costs.py takes for bound by memory, and by arithmetic
-FEW_S, MANY_S = 0.03, 0.08
+DRAFT_ROWS = (4, 8, 16)
+FEW_S, MANY_S, DRAFT_S = 0.03, 0.08, 0.03
 OPERATORS = ("layers.attention_block", "layers.experts")
 OF_EARLY_PROFILES = ("attention_block", "experts")
 
@@ -23,42 +25,65 @@ def typical(slices: Sequence[Slice]) -> Slice:
         disk_gb_per_s=median(s.disk_gb_per_s for s in slices),
         memory_scale=median(s.memory_scale for s in slices),
         compute_scale=median(s.compute_scale for s in slices),
+        draft_scale=median(s.draft_scale for s in slices if s.draft_scale) if slices[0].draft_scale else None,
     )
+
+
+class Stored(NamedTuple):
+    """A model's passes by rows, and the profile's tables of what they measure: operators by how often a layer has them."""
+
+    passes: dict[int, Pass]
+    tables: list[tuple[str, int, OperatorTimes]]
+    in_runs: bool
+
+    def scale(self, rows: int, seconds: float) -> float:
+        """Seconds of a layer over those of the profile. A window is a sum: it feels the mean."""
+        one = self.passes[rows]
+        samples = (one.runs if self.in_runs else one.layers)(seconds)
+        now = sum(n * fmean(samples[name]) for name, n, _ in self.tables)
+        return now / sum(n * table(rows) for _, n, table in self.tables)
 
 
 class Recalibrator:
     """Made once, with its own weights; `slice` measures, sizes taking turns: one alone would pass on what the profile is off by
-    there. Raises BadInput where the profile has no operators of this model."""
+    there. Raises BadInput where the profile has no operators of these models."""
 
-    def __init__(self, profile: HardwareProfile, spec: ModelSpec, n_threads: int, disk_file: Path) -> None:
-        where = spec.shape_key, n_threads
-        names = OPERATORS if has_table(profile, OPERATORS[-1], *where) else OF_EARLY_PROFILES
-        self._stored = {name: find_table(profile, name, *where) for name in names}
-        bench, disk = Bench(spec, n_threads), profile.disk
-        self._n_active = spec.n_active
+    def __init__(
+        self, profile: HardwareProfile, spec: ModelSpec, draft: ModelSpec | None, n_threads: int, disk_file: Path
+    ) -> None:
+        disk = profile.disk
         self._reader = Reader(disk_file, disk.n_readers if disk else 2, disk.chunk_bytes if disk else 1 << 20)
-        self._passes = {rows: Pass(bench, rows) for rows in FEW_ROWS + MANY_ROWS}
-        for one in self._passes.values():
-            one.run(0.0)
+        self._target = _stored(profile, spec, n_threads, FEW_ROWS + MANY_ROWS)
+        self._draft = _stored(profile, draft, n_threads, DRAFT_ROWS) if draft else None
         self.slices: list[Slice] = []
 
     def slice(self) -> Slice:
         """Measure now."""
-        # Compute first: cores that waited for the disk are slow to come back.
         turn = len(self.slices)
-        few = self._scale(FEW_ROWS[turn % len(FEW_ROWS)], FEW_S)
-        many = self._scale(MANY_ROWS[turn % len(MANY_ROWS)], MANY_S)
-        found = Slice(disk_gb_per_s=self._reader.read(SAMPLE_S) / 1e9, memory_scale=few, compute_scale=many)
+
+        def of(rows: tuple[int, ...]) -> int:
+            return rows[turn % len(rows)]
+
+        # Compute first: cores that waited for the disk are slow to come back.
+        found = Slice(
+            memory_scale=self._target.scale(of(FEW_ROWS), FEW_S),
+            compute_scale=self._target.scale(of(MANY_ROWS), MANY_S),
+            draft_scale=self._draft.scale(of(DRAFT_ROWS), DRAFT_S) if self._draft else None,
+            disk_gb_per_s=self._reader.read(SAMPLE_S) / 1e9,
+        )
         self.slices.append(found)
         return found
 
-    def _scale(self, rows: int, seconds: float) -> float:
-        """Seconds of a layer over those of the profile. A window is a sum: it feels the mean."""
-        one = self._passes[rows]
-        samples = (one.runs if OPERATORS[-1] in self._stored else one.layers)(seconds)
-        now = stored = 0.0
-        for name, table in self._stored.items():
-            n = self._n_active if name.endswith("experts") else 1
-            now += n * fmean(samples[name])
-            stored += n * table(rows)
-        return now / stored
+
+def _stored(profile: HardwareProfile, spec: ModelSpec, n_threads: int, sizes: tuple[int, ...]) -> Stored:
+    where, bench = (spec.shape_key, n_threads), Bench(spec, n_threads)
+    passes = {rows: Pass(bench, rows) for rows in sizes}
+    for one in passes.values():
+        one.run(0.0)
+    in_runs = has_table(profile, OPERATORS[-1], *where)
+    block, experts = OPERATORS if in_runs else OF_EARLY_PROFILES
+    tables = [
+        (block, 1, find_table(profile, block, *where)),
+        (experts, spec.n_active, find_table(profile, experts, *where)),
+    ]
+    return Stored(passes, tables, in_runs)

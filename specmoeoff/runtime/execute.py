@@ -60,7 +60,7 @@ class Executor:
             if (ahead, 0) in self._ahead:
                 continue
             for layer, experts in enumerate(self._prefetch):
-                loads = self._store.request(ahead, layer, experts, demand=False)
+                loads = self._store.request(ahead, layer, experts, demand=False) if experts else []
                 self._ahead[ahead, layer] = {load.expert: load for load in loads}
 
     def forward(self, window: int, tokens: np.ndarray, micro_batches: Sequence[Rows], trace: Trace) -> None:
@@ -92,15 +92,14 @@ class Executor:
     def _layers(self, window: int, first: int, last: int, parts: Sequence[Rows], trace: Trace) -> None:
         """Layers that need nothing from disk, in one call."""
         counts, clock = self._model.layers(self._stack.part(first, last), parts, first)
-        for layer, rows_of, times in zip(range(first, last), counts, clock.tolist(), strict=True):
+        for layer, rows_of, times in zip(range(first, last), counts.tolist(), clock.tolist(), strict=True):
             self._ahead.pop((window, layer))
             for index, rows in enumerate(parts):
                 trace.note(trace.builder.attention(layer, index, rows.requests), *times[index])
-            used = np.flatnonzero(rows_of)
-            self.uses.append(dict(zip(used.tolist(), rows_of[used].tolist(), strict=True)))
+            used = {expert: n for expert, n in enumerate(rows_of) if n}
+            self.uses.append(used)
             if self._stack.experts[layer]:
-                uses = [ExpertUse(e, "resident", n) for e, n in self.uses[-1].items()]
-                (node,) = trace.builder.experts(layer, uses)
+                (node,) = trace.builder.experts(layer, [ExpertUse(e, "resident", n) for e, n in used.items()])
                 trace.note(node, *times[-1])
                 self._log_routes(parts[-1].last)
 

@@ -303,7 +303,7 @@ class Validator:
         """One block of each part, from the same tokens on; every other turn in the other order."""
         if self.recalibrator is None:
             threads, path = self.tuned.threads.compute, self.target.expert_path
-            self.recalibrator = Recalibrator(self.profile, self.spec, threads, path)
+            self.recalibrator = Recalibrator(self.profile, self.spec, self.draft_spec, threads, path)
         engine.pause()
         before = self.recalibrator.slice()
         for name in list(parts) if turn % 2 == 0 else list(parts)[::-1]:
@@ -341,7 +341,7 @@ class Validator:
         """Of the blocks' windows, at the speed measured beside them; None: at the profile's."""
         calibration = None
         if speed:
-            calibration = Calibration(speed.disk_gb_per_s, speed.memory_scale, speed.compute_scale)
+            calibration = Calibration(**speed.model_dump())
         prices = Prices(self.profile, self.spec, self.draft_spec, part.threads.compute, limit, calibration)
         windows = [w for b in blocks for w in b.windows]
         contexts = [int(fmean(w.mean_context for w in windows))] * windows[0].live

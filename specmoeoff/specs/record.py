@@ -73,12 +73,13 @@ class Check(Spec):
 
 
 class Slice(Spec):
-    """The machine's speed of a moment: disk uncapped; operator times over the profile's, for few rows (memory) and many
-    (arithmetic)."""
+    """The machine's speed of a moment: disk uncapped; operator times over the profile's, of the target for few rows (memory)
+    and many (arithmetic), and of a draft model."""
 
     disk_gb_per_s: float
     memory_scale: float
     compute_scale: float
+    draft_scale: float | None = None
 
 
 class SweepPoint(Spec):

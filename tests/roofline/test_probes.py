@@ -124,7 +124,7 @@ def test_operators_are_measured_beside_a_lane_that_takes_their_time(target_spec:
     slower = pytest.MonkeyPatch()
     slower.setattr(operators, "after_a_gap", lambda work: spend(work) * (3.0 if busy.is_set() else 1.0))
     try:
-        tables = operators.measure_operators(spec, 1, 0.0, 1, lanes={"disk": traffic})
+        tables = operators.measure_operators([spec], 1, 0.0, 1, lanes={"disk": traffic})
     finally:
         slower.undo()
     ratios = {(t.operator, s.size): s.ratio.value for t in tables for s in t.beside}

@@ -26,7 +26,7 @@ def _few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(folder: Path, precision: Precision = "bf16") -> dict[str, OperatorTable]:
     spec = read_model_spec(folder).model_copy(update={"precision": precision})
-    return {t.operator: t for t in operators.measure_operators(spec, 1, 0.0, 1)}
+    return {t.operator: t for t in operators.measure_operators([spec], 1, 0.0, 1)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -308,61 +308,80 @@ class Pass:
         return samples
 
 
+class Rounds:
+    """Samples of one model and thread count, alone and beside each of `lanes`, in rounds of about PASS_S for each size."""
+
+    def __init__(self, spec: ModelSpec, n_threads: int, pass_s: float, lanes: Mapping[str, Traffic]) -> None:
+        self._bench = bench = Bench(spec, n_threads)
+        self._passes = {rows: Pass(bench, rows) for rows in ROWS}
+        self._over_context: dict[Key, Callable[[], float]] = {
+            (name, t, c): bench.over_context(name, t, c)
+            for name in bench.attentions
+            for t in TOKENS
+            for c in bench.contexts
+        }
+        self._samples: dict[Key, list[float]] = {}
+        self._ratios: dict[tuple[str, str, float], list[float]] = {}
+        self._pass_s, self._lanes = pass_s, lanes
+        # What is measured beside other lanes, and at which size.
+        self._few: list[tuple[float, Callable[[], dict[str, Seconds]]]]
+        self._few = [(float(rows), partial(self._passes[rows].run, pass_s)) for rows in ROWS_BESIDE]
+        longest = {name: self._over_context[name, TOKENS_BESIDE, bench.contexts[-1]] for name in bench.attentions}
+        self._few.append((float(TOKENS_BESIDE), lambda: {name: [measure()] for name, measure in longest.items()}))
+        for one in self._passes.values():
+            one.layers(0.0)
+        self._spent_s = dict.fromkeys(ROWS, 0.0)
+
+    def round(self, all_sizes: bool, end: float) -> None:
+        """Every size once, or those only that have taken less time than most; beside other lanes until `end` at the latest."""
+        samples = self._samples
+        for rows, one in self._passes.items():
+            if not all_sizes and len(ROWS) * self._spent_s[rows] > sum(self._spent_s.values()):
+                continue
+            began = time.perf_counter()
+            for name, found in one.run(self._pass_s).items():
+                samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
+            self._spent_s[rows] += time.perf_counter() - began
+        for key, measure in self._over_context.items():
+            samples.setdefault(key, []).append(measure())
+        for wait_s in WAITS_S:
+            samples.setdefault(("wake", wait_s, 0), []).append(self._bench.wake(wait_s))
+        for lane, traffic in self._lanes.items():
+            # Less often than an operator alone is measured, and a ratio of two.
+            began, n_times = time.perf_counter(), 0
+            while n_times < 1 or (time.perf_counter() < min(end, began + BESIDE_S) and n_times < MOST_BESIDE):
+                for (name, size), ratio in _slowdowns(self._few, traffic).items():
+                    self._ratios.setdefault((name, lane, size), []).append(ratio)
+                n_times += 1
+
+    def tables(self) -> list[OperatorTable]:
+        """Medians of all samples so far."""
+        return _tables(self._bench, self._samples, self._ratios)
+
+
 def measure_operators(
-    spec: ModelSpec,
+    specs: Sequence[ModelSpec],
     n_threads: int,
     budget_s: float,
     rounds: int,
     between: Callable[[], None] = lambda: None,
     lanes: Mapping[str, Traffic] = MappingProxyType({}),
 ) -> list[OperatorTable]:
-    """The tables of one model and thread count, alone and beside each of `lanes`.
+    """The tables of some models at one thread count, alone and beside each of `lanes`.
 
-    Sizes take turns, so that a change of speed hits all alike. A size of long samples takes part in the first rounds only:
-    they hold many bursts of a busy machine, short ones one or none. `between` is called after every round.
+    Models and sizes take turns, so that a change of speed hits all alike. A size of long samples takes part in the first rounds
+    only: they hold many bursts of a busy machine, short ones one or none. `between` is called after every round.
     """
-    bench = Bench(spec, n_threads)
-    passes = {rows: Pass(bench, rows) for rows in ROWS}
-    over_context: dict[Key, Callable[[], float]] = {
-        (name, t, c): bench.over_context(name, t, c)
-        for name in bench.attentions
-        for t in TOKENS
-        for c in bench.contexts
-    }
-    samples: dict[Key, list[float]] = {}
-    ratios: dict[tuple[str, str, float], list[float]] = {}
-    # What is measured beside other lanes, and at which size.
-    pass_s = min(PASS_S, max(0.0, budget_s) / PASSES_OF_BUDGET)
-    few: list[tuple[float, Callable[[], dict[str, Seconds]]]]
-    few = [(float(rows), partial(passes[rows].run, pass_s)) for rows in ROWS_BESIDE]
-    longest = {name: over_context[name, TOKENS_BESIDE, bench.contexts[-1]] for name in bench.attentions}
-    few.append((float(TOKENS_BESIDE), lambda: {name: [measure()] for name, measure in longest.items()}))
-    for one in passes.values():
-        one.layers(0.0)
-    spent_s = dict.fromkeys(ROWS, 0.0)
+    pass_s = min(PASS_S, max(0.0, budget_s) / (PASSES_OF_BUDGET * len(specs)))
+    every = [Rounds(spec, n_threads, pass_s, lanes) for spec in specs]
     end, n_rounds = time.perf_counter() + budget_s, 0
-    while n_rounds < (ROUNDS_OF_ALL if pass_s == PASS_S else 1) or (n_rounds < rounds and time.perf_counter() < end):
-        for rows, one in passes.items():
-            if n_rounds >= ROUNDS_OF_ALL and len(ROWS) * spent_s[rows] > sum(spent_s.values()):
-                continue
-            began = time.perf_counter()
-            for name, found in one.run(pass_s).items():
-                samples.setdefault((name, rows, 0), []).append(float(np.median(found)))
-            spent_s[rows] += time.perf_counter() - began
-        for key, measure in over_context.items():
-            samples.setdefault(key, []).append(measure())
-        for wait_s in WAITS_S:
-            samples.setdefault(("wake", wait_s, 0), []).append(bench.wake(wait_s))
-        for lane, traffic in lanes.items():
-            # Less often than an operator alone is measured, and a ratio of two.
-            began, n_times = time.perf_counter(), 0
-            while n_times < 1 or (time.perf_counter() < min(end, began + BESIDE_S) and n_times < MOST_BESIDE):
-                for (name, size), ratio in _slowdowns(few, traffic).items():
-                    ratios.setdefault((name, lane, size), []).append(ratio)
-                n_times += 1
+    n_full = ROUNDS_OF_ALL if pass_s == PASS_S else 1
+    while n_rounds < n_full or (n_rounds < rounds and time.perf_counter() < end):
+        for one in every:
+            one.round(n_rounds < ROUNDS_OF_ALL, end)
         between()
         n_rounds += 1
-    return _tables(bench, samples, ratios)
+    return [table for one in every for table in one.tables()]
 
 
 def _slowdowns(

@@ -2,7 +2,7 @@
 
 The demo model on the machine of the given profile. Every draft length has the placement `tune` gives it under a disk cap, and
 then every expert in memory. All draft lengths of a batch take turns in one process, each block between two slices that
-recalibrate disk and memory speed; the medians of all windows are compared with the forecast at the median of all slices, as
+recalibrate disk and memory speed; the medians of all windows are compared with the forecast at the mean of all slices, as
 `validate` does. Prints a table and writes bench/window_prediction.csv: `python bench/window_prediction.py profile.json workload.json`.
 """
 

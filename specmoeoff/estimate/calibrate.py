@@ -1,14 +1,14 @@
 """Refits a CPU machine's prices to what a validation measured: a profile goes in, a profile comes out."""
 
-from collections.abc import Mapping
-from statistics import median
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from specmoeoff.errors import BadInput
 from specmoeoff.estimate.accuracy import kind_ratios
 from specmoeoff.estimate.costs import Calibration
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import HardwareProfile, OperatorTable
-from specmoeoff.specs.record import RunRecord
+from specmoeoff.specs.record import RunRecord, Slice
 
 OPERATORS = {
     "attention": (
@@ -22,6 +22,23 @@ OPERATORS = {
     "experts": ("experts", "expert", "combine", "layers.experts"),
     "head": ("head",),
 }
+
+
+def typical(slices: Sequence[Slice]) -> Slice:
+    """The mean of each, less a tenth at either end: a window is long enough to feel fast moments and slow ones, but for bursts of
+    other guests of the machine that most windows are spared."""
+
+    def mean(found: Sequence[float]) -> float:
+        cut = len(found) // 10
+        return fmean(sorted(found)[cut : len(found) - cut])
+
+    drafting = [s.draft_scale for s in slices if s.draft_scale]
+    return Slice(
+        disk_gb_per_s=mean([s.disk_gb_per_s for s in slices]),
+        memory_scale=mean([s.memory_scale for s in slices]),
+        compute_scale=mean([s.compute_scale for s in slices]),
+        draft_scale=mean(drafting) if drafting else None,
+    )
 
 
 def rescaled(
@@ -61,7 +78,7 @@ def refit(
 ) -> tuple[HardwareProfile, dict[str, float]]:
     """The profile at the speeds a validation saw, and what was refitted by which factor.
 
-    Disk and operators move by the medians of the slices measured beside its blocks; then each kind of node by what the
+    Disk and operators move by what the slices show that were measured beside its blocks; then each kind of node by what the
     prediction at those speeds still missed in the timeline, so only bias goes. Raises BadInput for a record that holds no
     slices, or is of another machine.
     """
@@ -71,17 +88,17 @@ def refit(
         raise BadInput(f"--calibrate: the record is of another machine than profile {profile.name}; validate on it.")
     if profile.disk is None:
         raise BadInput(f"--calibrate: profile {profile.name} has no disk link; profile the machine again.")
-    slices = record.recalibration
-    disk = median(s.disk_gb_per_s for s in slices) / profile.disk.read_gb_per_s.value
-    memory, compute = (median(getattr(s, f"{name}_scale") for s in slices) for name in ("memory", "compute"))
+    speed = typical(record.recalibration)
+    disk = speed.disk_gb_per_s / profile.disk.read_gb_per_s.value
+    memory, compute = speed.memory_scale, speed.compute_scale
     ratios = {kind: r for kind, r in kind_ratios(record).items() if kind in OPERATORS or (kind == "draft" and draft)}
     own = {(o, target.shape_key): ratios[kind] for kind in OPERATORS if kind in ratios for o in OPERATORS[kind]}
     if draft and "draft" in ratios:
         own |= {(t.operator, t.shape): ratios["draft"] for t in profile.operators if t.shape == draft.shape_key}
     changes = {"disk rate": disk, "memory-bound operator times": memory, "compute-bound operator times": compute}
     shapes = {}
-    if draft and (drafting := [s.draft_scale for s in slices if s.draft_scale]):
-        shapes[draft.shape_key] = changes["draft operator times"] = median(drafting)
+    if draft and speed.draft_scale:
+        shapes[draft.shape_key] = changes["draft operator times"] = speed.draft_scale
     changes |= {f"{kind} times": ratio for kind, ratio in ratios.items()}
     said = ", ".join(f"{name} x{factor:.3f}" for name, factor in changes.items())
     fitted = rescaled(profile, disk, memory, compute, own, shapes)

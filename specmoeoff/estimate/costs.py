@@ -13,8 +13,8 @@ from specmoeoff.specs.profile import HardwareProfile
 
 MEMORY_ROWS, COMPUTE_ROWS = 4.0, 64.0
 # The interpreter's between two nodes, its code and data swept from the caches by weights: windows of all-resident plans of the
-# demo less their nodes, 37 to 58 us a node on an EPYC of 2025 (batches 4 to 16, k = 0 to 5).
-NODE_GAP_S = 45e-6
+# demo less their nodes, 37 to 58 us a node on an EPYC of 2025 (batches 4 to 16, k = 0 to 5). A draft step begins with much more.
+NODE_GAP_S, DRAFT_START_S = 45e-6, 0.4e-3
 COMBINE_ROWS = 64  # the combination of a layer is shared out over its experts at this size's cost
 
 
@@ -177,6 +177,6 @@ class Prices:
                 # An EAGLE head's linear map runs at its layer's rate.
                 more = 1.0 + spec.other_layer_params / (spec.attention_params + spec.expert_params)
                 layer = more * draft.dense_layer(node.rows) + draft.over_context(0, node.requests)
-                return spec.n_layers * layer + draft.head(len(node.requests))
+                return DRAFT_START_S + spec.n_layers * layer + draft.head(len(node.requests))
             case _:
                 return 0.0

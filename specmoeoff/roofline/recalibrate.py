@@ -1,8 +1,7 @@
 """The disk's and the compute's speed of the moment, in slices of a fifth of a second beside what is judged."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
 from specmoeoff.estimate.tables import OperatorTimes, find_table, has_table
@@ -17,16 +16,6 @@ DRAFT_ROWS = (4, 8, 16)
 FEW_S, MANY_S, DRAFT_S = 0.03, 0.08, 0.03
 OPERATORS = ("layers.attention_block", "layers.experts")
 OF_EARLY_PROFILES = ("attention_block", "experts")
-
-
-def typical(slices: Sequence[Slice]) -> Slice:
-    """The median of each: bursts of other guests of the machine lengthen some slices, nothing shortens one."""
-    return Slice(
-        disk_gb_per_s=median(s.disk_gb_per_s for s in slices),
-        memory_scale=median(s.memory_scale for s in slices),
-        compute_scale=median(s.compute_scale for s in slices),
-        draft_scale=median(s.draft_scale for s in slices if s.draft_scale) if slices[0].draft_scale else None,
-    )
 
 
 class Stored(NamedTuple):

@@ -9,13 +9,14 @@ from statistics import fmean, median
 import numpy as np
 
 from specmoeoff import __version__
+from specmoeoff.estimate.calibrate import typical
 from specmoeoff.estimate.costs import Calibration, Prices
 from specmoeoff.estimate.memory import expert_stride
 from specmoeoff.estimate.predict import Forecast, forecast
 from specmoeoff.files import sha256_text
 from specmoeoff.pipeline import Node
 from specmoeoff.roofline.profile import machine
-from specmoeoff.roofline.recalibrate import Recalibrator, typical
+from specmoeoff.roofline.recalibrate import Recalibrator
 from specmoeoff.roofline.timing import paired_ratios
 from specmoeoff.runtime.checks import check, lossless
 from specmoeoff.runtime.engine import Engine

@@ -66,13 +66,17 @@ def _same_modes(ours: Numbers, theirs: Numbers, our_speeds: Modes, their_speeds:
 
 
 def _speeds(profile: HardwareProfile) -> Modes:
-    """The modes of every bandwidth: where it has but one, the median of its samples, as a mode is."""
-    named = {f"{roof.name}, {roof.n_threads} threads": roof.rate for roof in profile.memory if roof.device == "cpu"}
+    """The modes of every bandwidth: where it has but one, what a mode is of all samples, memory's upper quartile and the
+    disk's median."""
+    one = {
+        f"{roof.name}, {roof.n_threads} threads": (roof.rate.percentile(75) if roof.rate.samples else roof.rate.value,)
+        for roof in profile.memory
+        if roof.device == "cpu"
+    }
     if profile.disk:
-        named["disk"] = profile.disk.read_gb_per_s
-    return {name: (median(rate.samples or (rate.value,)),) for name, rate in named.items()} | dict(
-        profile.quality.modes
-    )
+        rate = profile.disk.read_gb_per_s
+        one["disk"] = (rate.percentile(50) if rate.samples else rate.value,)
+    return one | dict(profile.quality.modes)
 
 
 def _load(path: Path) -> HardwareProfile | RunRecord:

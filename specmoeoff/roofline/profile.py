@@ -23,7 +23,7 @@ from specmoeoff.roofline.probes.gpu import measure_gpu, waived_gpu
 from specmoeoff.roofline.probes.library import gemm_peaks
 from specmoeoff.roofline.probes.link import COPY_BYTES, copying, cuda_device, impossible, measure_links
 from specmoeoff.roofline.probes.operators import Traffic, measure_operators
-from specmoeoff.roofline.timing import measurement, modes
+from specmoeoff.roofline.timing import measurement
 from specmoeoff.specs.model import ModelSpec
 from specmoeoff.specs.profile import (
     DiskLink,
@@ -231,7 +231,7 @@ def measure_profile(
         steal_percent=100 * stolen_share,
         waited_share=tally.waited_share,
         clock_ghz=tuple(clock),
-        modes=_modes(roofs, link),
+        modes=memory.modes() | ({"disk": link.modes_gb_per_s} if link and len(link.modes_gb_per_s) > 1 else {}),
         notes=(
             *([busy] if contended else []),
             *memory.notes,
@@ -290,11 +290,3 @@ def _gpu(name: str | None, budget_s: float, progress: Progress) -> tuple[list[Ro
     except SpecMoEOffError as error:
         return [], [], {row: str(error) for row in waived_gpu()}
     return roofs, links, waived_gpu(roofs)
-
-
-def _modes(memory: Sequence[Roof], disk: DiskLink | None) -> dict[str, tuple[float, ...]]:
-    """GB/s of the roofs that flip between two speeds."""
-    found = {f"{r.name}, {r.n_threads} threads": modes(r.rate.samples) for r in memory if r.name.startswith("dram_")}
-    if disk:
-        found["disk"] = disk.modes_gb_per_s
-    return {name: speeds for name, speeds in found.items() if len(speeds) > 1}

@@ -8,7 +8,7 @@ import numpy as np
 
 from specmoeoff.specs.profile import Measurement
 
-MODE_GAP = 0.15
+MODE_GAP, JOINT_GAP = 0.15, 0.04
 MODE_SHARE = 0.125
 
 
@@ -52,19 +52,36 @@ def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) ->
 
 
 def modes(samples: Sequence[float]) -> tuple[float, ...]:
-    """Medians of the speeds a machine flips between: one, or two where the best split leaves a gap wider than both.
+    """Medians of the speeds a machine flips between: one, or two that `split` finds."""
+    values = np.asarray(samples, float)
+    at = split(values, MODE_GAP * float(np.median(values)))
+    parts = [values] if at is None else [values[values < at], values[values >= at]]
+    return tuple(float(np.median(part)) for part in parts)
 
-    A mode is its samples from the 10th to the 90th percentile: strays between two modes do not join them, and a tail of
-    slow samples is wider than the gap above it.
+
+def joint_modes(rates: np.ndarray) -> np.ndarray | None:
+    """Which turns a machine was fast in: `rates[kind, turn]` to `fast[turn]`, or None where it had but one speed.
+
+    What slows one kind of access slows its kin in the same turn: their mean tells apart what the noise of each hides.
     """
-    values = np.sort(np.asarray(samples, float))
+    scores = np.log(rates / np.median(rates, axis=1, keepdims=True)).mean(axis=0)
+    at = split(scores, JOINT_GAP)
+    return None if at is None else scores >= at
+
+
+def split(values: np.ndarray, least_gap: float) -> float | None:
+    """Where the best split into two lies, if it leaves a gap wider than both parts and `least_gap`.
+
+    A part is its samples from the 10th to the 90th percentile: strays between two do not join them, and a tail of slow samples is wider than the gap above it.
+    """
+    values = np.sort(values)
     n, fewest = len(values), max(2, math.ceil(MODE_SHARE * len(values)))
     if n < 2 * fewest:
-        return (float(np.median(values)),)
+        return None
     at = np.arange(fewest, n - fewest + 1)
     between = np.cumsum(values - values.mean())[at - 1] ** 2 / (at * (n - at))  # variance that a split explains
-    slow, fast = np.split(values, [at[np.argmax(between)]])
-    (slow_from, slow_to), (fast_from, fast_to) = np.percentile(slow, (10, 90)), np.percentile(fast, (10, 90))
-    if fast_from - slow_to > max(slow_to - slow_from, fast_to - fast_from, MODE_GAP * slow_to):
-        return float(np.median(slow)), float(np.median(fast))
-    return (float(np.median(values)),)
+    best = at[np.argmax(between)]
+    (low_from, low_to), (high_from, high_to) = (np.percentile(part, (10, 90)) for part in np.split(values, [best]))
+    if high_from - low_to > max(low_to - low_from, high_to - high_from, least_gap):
+        return float(values[best])
+    return None

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specmoeoff.roofline.timing import modes
+from specmoeoff.roofline.timing import joint_modes, modes
 
 SLOW, FAST = 32.0, 56.0
 SEEDS = range(60)
@@ -63,3 +63,21 @@ def test_strays_between_two_speeds_do_not_join_them() -> None:
 @pytest.mark.parametrize("samples", [[1.0], [1.0, 9.0], [1.0, 1.0, 9.0], [0.0] * 8])
 def test_too_few_or_equal_samples_are_one_speed(samples: list[float]) -> None:
     assert modes(samples) == (float(np.median(samples)),)
+
+
+def test_speeds_that_noise_hides_in_each_kind_show_in_all_of_them_together() -> None:
+    rng = np.random.default_rng(0)
+    fast = rng.random(40) < 0.3
+    rates = np.array([around(1.0, 40, 0.08, rng) * np.where(fast, 56.0, 40.0) for _ in range(7)])
+    assert sum(len(modes(kind)) == 2 for kind in rates) <= 1
+    assert np.array_equal(joint_modes(rates), fast)
+
+
+def test_kinds_that_are_noisy_together_or_now_and_then_disturbed_have_one_speed() -> None:
+    mistaken = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        rates = np.array([around(FAST, 40, 0.05, rng) for _ in range(7)])
+        rates[:, :4] *= rng.uniform(0.3, 0.9, 4)
+        mistaken += joint_modes(rates) is not None
+    assert mistaken <= 2

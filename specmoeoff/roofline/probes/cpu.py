@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain, compress, product
 from pathlib import Path
 
 import numpy as np
 
 from specmoeoff.kernels.cpu import aligned_empty
 from specmoeoff.kernels.cpu.probes import MOVES, PEAKS, Chase, Move, Peak, Timed, is_supported, n_forms
-from specmoeoff.roofline.timing import measurement, seconds_of
+from specmoeoff.roofline.timing import JOINT_GAP, joint_modes, measurement, seconds_of
 from specmoeoff.specs.profile import Measurement, Roof
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -19,6 +20,7 @@ PLACES, TURN = 4, 10
 PATTERN = 0x3E  # not zeros, which some memory systems carry for less
 ON_CPU = 0.98  # samples during which a thread had to wait for its CPU are dropped, where enough others are left
 CONTENDED_SHARE = 0.05  # of the time
+SHARED = ("l3", "dram")
 CACHE_MOVES = ("read", "store", "copy", "triad")
 INTEGER = ("int8_dot", "int8_amx")
 MISSING = {
@@ -154,7 +156,7 @@ class Memory:
             if n_forms(move) > 1
         }
         self._dram: dict[tuple[str, int], list[float]] = {}
-        self._cached: dict[tuple[str, int], list[float]] = {}
+        self._cached: dict[tuple[str, int], list[list[float]]] = {}
         self._working_set: dict[tuple[str, int], int] = {key: move.n_bytes for key, move in self._moves.items()}
         for _ in range(4):
             self.sample_dram()
@@ -192,7 +194,7 @@ class Memory:
                         for start in self._rng.integers((len(buffer) - n * each) // 4096, size=PLACES) * 4096:
                             part = buffer[start : start + n * each]
                             found = self._samples(move, n, part, CACHE_SAMPLES // PLACES)
-                            self._cached.setdefault(key, []).extend(found)
+                            self._cached.setdefault(key, []).append(found)
 
     def _samples(self, move: str, n_threads: int, part: np.ndarray, n: int) -> list[float]:
         probe = Move(move, n_threads, part)
@@ -204,20 +206,40 @@ class Memory:
         """All roofs. Of caches the most; of DRAM the upper quartile, since neighbours on the same memory slow many samples and
         speed none up. `dram_read` is the better of plain reads and fetching ahead; copies and triads are the better of wide and
         narrow instructions, whose many small steps some prefetchers follow more closely."""
+        rates = self._rates()
+        return [
+            Roof(
+                name=name,
+                n_threads=n,
+                rate=measurement(list(chain(*turns)), "GB/s", "p75" if name.startswith("dram") else "max"),
+                working_set_bytes=self._working_set[name, n],
+            )
+            for (name, n), turns in rates.items()
+        ]
+
+    def modes(self) -> dict[str, tuple[float, float]]:
+        """GB/s (upper quartiles) of the bandwidths that flip between two, by "roof, threads": where a host lets two cores share
+        a memory port, or a busy cache, all that use it are slow together, for seconds."""
+        rates, found = self._rates(), {}
+        for level, n_threads in product(SHARED, self.thread_counts):
+            kin = {key: turns for key, turns in rates.items() if key[1] == n_threads and key[0].startswith(f"{level}_")}
+            fast = joint_modes(np.array([[np.median(turn) for turn in turns] for turns in kin.values()]))
+            if fast is None:
+                continue
+            for (name, _), turns in kin.items():
+                slow, quick = (float(np.percentile([*chain(*compress(turns, which))], 75)) for which in (~fast, fast))
+                if quick > (1 + JOINT_GAP) * slow:
+                    found[f"{name}, {n_threads} threads"] = slow, quick
+        return found
+
+    def _rates(self) -> dict[tuple[str, int], list[list[float]]]:
+        """GB/s of every kind of move and number of threads, by turn."""
         dram = dict(self._dram)
         for way in ("ahead", "narrow"):
             for name, n in [key for key in dram if key[0].endswith(f"_{way}")]:
                 plain = name.removesuffix(f"_{way}"), n
                 dram[plain] = [max(pair) for pair in zip(dram[plain], dram.pop((name, n)), strict=True)]
-        return [
-            Roof(
-                name=name,
-                n_threads=n,
-                rate=measurement(samples, "GB/s", "p75" if name.startswith("dram") else "max"),
-                working_set_bytes=self._working_set[name, n],
-            )
-            for (name, n), samples in (self._cached | dram).items()
-        ]
+        return self._cached | {key: [[rate] for rate in rates] for key, rates in dram.items()}
 
 
 def latencies(caches: dict[str, int]) -> dict[str, Measurement]:

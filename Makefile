@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up everything they need in .venv.
 PYTHON ?= python3
 VENV := .venv
+# Tests start Python hundreds of times: what it compiles is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 # pip would do it on one core; templates that are not Python yet do not compile, nor do they matter.
@@ -28,8 +30,8 @@ SANITIZED := env SPECMOEOFF_CPU_LIBRARY=$(CURDIR)/build/sanitized/libspecmoeoff_
 sanitize: $(VENV)/developing
 	cmake -S . -B build/sanitized -DSPECMOEOFF_SANITIZE=ON
 	cmake --build build/sanitized --parallel
-	SPECMOEOFF_EXAMPLES=8 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2
-	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000
+	$(SANITIZED) $(BIN)/python tests/kernels/soak.py --cases 50000 & soak=$$!; \
+	SPECMOEOFF_EXAMPLES=8 $(SANITIZED) $(BIN)/pytest tests/kernels --ignore tests/kernels/cuda --numprocesses 2; tests=$$?; wait $$soak && exit $$tests
 
 # One script per claim; each prints a table and writes one CSV.
 bench: $(VENV)/developing
@@ -65,7 +67,6 @@ $(VENV)/installed: $(VENV)/bin/pip pyproject.toml constraints.txt CMakeLists.txt
 $(VENV)/developing: $(VENV)/installed
 	$(PIP) torch==2.13.0
 	$(PIP) --no-build-isolation --config-settings build-dir=build/editable --editable '.[dev]'
-	$(COMPILE)
 	touch $@
 
 clean:

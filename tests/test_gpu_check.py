@@ -14,7 +14,7 @@ WITHOUT = "import sys, runpy\nfor m in ('pydantic', 'optuna', 'typer', 'scipy', 
 RUN = f"sys.argv = {{arguments}}\nsys.path.insert(0, {str(TOOL.parent)!r})\nrunpy.run_path({str(TOOL)!r}, run_name='__main__')"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler here")
 def test_the_whole_check_runs_on_a_played_gpu(tmp_path: Path) -> None:
     done = subprocess.run(

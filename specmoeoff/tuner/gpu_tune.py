@@ -122,9 +122,9 @@ class GpuTuner:
         """The choice that drafts least among those that tie with the best (TIE)."""
         tokens_per_s = priced.tokens_per_s if only is None else np.where(only, priced.tokens_per_s, 0.0)
         lengths = self.problem.of_draft(priced.choices, "length")
-        ties = tokens_per_s >= TIE * tokens_per_s.max()
-        at = np.lexsort((-tokens_per_s, lengths, ~ties))[:1]
-        return priced.choices.take(at)
+        ties = np.flatnonzero(tokens_per_s >= TIE * tokens_per_s.max())
+        first = np.lexsort((-tokens_per_s[ties], lengths[ties]))[:1]
+        return priced.choices.take(ties[first])
 
     def part(self, one: Choices) -> PlainPlan:
         """Everything of a plan that depends on the choice."""

@@ -354,7 +354,7 @@ def small_requests(n: int, path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "n_kills"), [(100, 7), pytest.param(10_000, 20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("n", "n_kills"), [(60, 4), pytest.param(10_000, 20, marks=pytest.mark.long)])
 @pytest.mark.timeout(3600)
 def test_killed_again_and_again_every_request_is_answered_once_and_as_if_it_had_not_been(
     job: list[str], tmp_path: Path, n: int, n_kills: int

@@ -128,7 +128,8 @@ def run(folder: Path, *words: object, code: int = 0) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [pytest.param("int8", marks=pytest.mark.long), "int4"])
+@pytest.mark.long
+@pytest.mark.parametrize("experts", ["int8", "int4"])
 def test_a_format_goes_from_profile_to_validation(speaking_model: Path, tmp_path: Path, experts: str) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, ASKED)))
     what, made = ("--model", speaking_model), ("--profile", "profile.json", "--workload", "workload.json")

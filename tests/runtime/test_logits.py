@@ -288,7 +288,7 @@ def assert_argmax_differs_only_in_near_ties(found: np.ndarray, exact: np.ndarray
     assert (lost <= gap).all(), (rows, lost, gap)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_without_noise_is_its_dense_original(tmp_path: Path) -> None:
     from specmoeoff.demo.builder import build_demo, find_gguf
 

@@ -325,7 +325,7 @@ def test_a_reader_too_slow_loses_its_answer_and_holds_nobody_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_clients", [60, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n_clients", [30, pytest.param(500, marks=pytest.mark.long)])
 def test_clients_of_all_manners_leave_nothing_behind(served: Served, n_clients: int) -> None:
     client = served.client()
     outcomes: Counter[str] = Counter()

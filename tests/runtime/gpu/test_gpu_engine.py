@@ -95,13 +95,10 @@ def test_a_draft_model_drafts_the_same_with_its_kv_on_both_sides(
         assert outputs(engine) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("k", "draft_kv_share", "left_out"),
-    [
-        (3, 0.6, ("layers.0.input_layernorm.weight",)),
-        pytest.param(4, 0.0, ("fc.bias",), marks=pytest.mark.long),
-        pytest.param(2, 1.0, (), marks=pytest.mark.long),
-    ],
+    [(3, 0.6, ("layers.0.input_layernorm.weight",)), (4, 0.0, ("fc.bias",)), (2, 1.0, ())],
 )
 def test_an_eagle_head_drafts_the_same_with_its_kv_on_both_sides(
     mixtral_for_gpu: Path,

@@ -77,7 +77,8 @@ def test_output_and_memory_hold_and_what_was_measured_refits_the_prices(
     assert tune(replace(request_of, scales=scales)).predicted.window_s != plan.predicted.window_s
 
 
-@pytest.mark.parametrize("drafter", ["model", pytest.param("eagle", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("drafter", ["model", "eagle"])
 def test_a_plan_with_a_draft_is_validated(
     request_of: TuneRequest,
     llama_for_gpu: Path,

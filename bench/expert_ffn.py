@@ -2,7 +2,7 @@
 
 A call computes a few experts of one shape, each for as many tokens; the weights of all calls are larger than four times the
 L3. The roof of a sample is the larger of weight bytes over the DRAM rate and operations over the peak of the format's
-products, both sampled just before and just after it. Writes bench/expert_ffn.csv, row by row.
+products, both sampled just before and just after it. Of ours what the C library takes is timed. Writes bench/expert_ffn.csv, row by row.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _roofs import READ_BYTES, Roof, take_turns
+from _roofs import READ_BYTES, Roof, inside, take_turns
 
 from specmoeoff.kernels import cpu
 from specmoeoff.roofline.profile import machine
@@ -108,6 +108,7 @@ def main() -> None:
     roofs = {kind: Roof(n_threads, kind) for kind in ("bf16_dot", "int8_dot")}
     about = {"cpu": machine().cpu, "isa": cpu.Kernels(n_threads).isa, "threads": n_threads}
     print(about)
+    in_kernels = inside("smo_experts")
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
         writer = None
         for name in options.shapes:
@@ -118,7 +119,7 @@ def main() -> None:
                 roof = roofs["bf16_dot" if format == "bf16" else "int8_dot"]
                 for n in options.tokens:
                     x = torch.randn(shape.n_experts, n, shape.hidden).bfloat16()
-                    found = take_turns(call_for(x), peers_for(x), roof, n_bytes, 2 * shape.weights * n)
+                    found = take_turns(call_for(x), peers_for(x), roof, n_bytes, 2 * shape.weights * n, in_kernels)
                     share, low, high, _ = paired_ratios(found.roof, found.ours)
                     seconds, (best, best_s) = float(np.median(found.ours)), found.best_peer()
                     rates = np.median(found.rates, axis=0)

@@ -29,8 +29,9 @@ static inline size_t query_bytes(const kv_shape_t *s) { return s->format == KV_B
 /* Of scratch for n_rows rows where the longest request ends at position `end`. */
 size_t partial_bytes(const kv_shape_t *s, int n_rows, int end);
 
-/* Store one row's keys (n_kv_heads, key_dim) and values (n_kv_heads, value_dim). */
-void append_kv(const isa_t *isa, const attention_t *a, int request, int row, const float *keys, const float *values);
+/* For all threads of the region; ends with a barrier. Stores the new rows' keys (n_kv_heads, key_dim), row r's at keys + r * key_stride,
+ * and values (n_kv_heads, value_dim). */
+void append_all(const isa_t *isa, const attention_t *a, const float *keys, size_t key_stride, const float *values, size_t value_stride);
 
 /* For all threads of the region; ends with a barrier. query: (n_rows, n_heads * key_dim), scaled, bf16 over bf16 pages and fp32
  * over others; result: (n_rows, n_heads * value_dim) bf16 or fp32. */

@@ -24,6 +24,7 @@ typedef __m512i PAIRS;
 #define v_highest(a) _mm512_reduce_max_ps(a)
 #define v_pairs(p) _mm512_loadu_si512(p)
 #define v_dot(acc, a, b) _mm512_dpbf16_ps(acc, (__m512bh)(b), (__m512bh)(a))
+#define v_store_bf16_two(p, v, w) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(w, v))
 #define v_store_bf16(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)_mm512_cvtneps_pbh(v))
 
 static inline __m512i v_pair_all(const uint16_t *p)

@@ -17,7 +17,7 @@
 #include "tiles.h"
 
 /* A strip is read in pieces that stay in the L2 cache, beside the rows, while every tile of rows uses them. */
-enum { PIECE_BYTES = 128 << 10 };
+enum { PIECE_BYTES = 128 << 10, SMALL_PIECE_BYTES = 16 << 10, FEW_ROWS = 24 };
 
 static const float E2M1[8] = {0.f, 1.f, 2.f, 3.f, 4.f, 6.f, 8.f, 12.f}; /* twice: the scales are halves */
 
@@ -149,15 +149,18 @@ static void strip_product(const isa_t *isa, int format, const unsigned char *con
 {
     const int is_plain = format == PLAIN, steps = is_plain ? n_in * isa->halves / 2 : padded(n_in) / FORMATS[format].group;
     const size_t step_bytes = is_plain ? 4 * COLUMNS : group_bytes(format);
-    const int piece = (int)(PIECE_BYTES / step_bytes);
+    const int piece = (int)((is_plain && n <= FEW_ROWS ? SMALL_PIECE_BYTES : PIECE_BYTES) / step_bytes);
     for (int first = 0; first < steps; first += piece) {
         const int last = steps - first < piece ? steps : first + piece;
         const unsigned char *weights = w + (size_t)first * step_bytes, *after = last < steps ? w + (size_t)last * step_bytes : next;
         const int next_steps = last < steps ? (steps - last < piece ? steps - last : piece) : (steps < piece ? steps : piece);
         if (is_plain) {
             const uint16_t *rows[GROUP_ROWS];
+            /* Of several tiles the first reads a piece sooner than they all fetch one: two before it is due, and once more one before. */
+            const int then = first + 2 * piece;
+            const unsigned char *far = n <= TILE_ROWS || n > FEW_ROWS ? after : then < steps ? w + (size_t)then * step_bytes : next + (size_t)(then - steps) % (size_t)steps * step_bytes;
             for (int r = 0; r < n; r++) rows[r] = (const uint16_t *)x[r] + 2 * first;
-            tile_rows(isa, rows, n, weights, last - first, COLUMNS, first > 0, out, COLUMNS, after, (size_t)next_steps * step_bytes);
+            tile_rows(isa, rows, n, weights, last - first, COLUMNS, first > 0, out, COLUMNS, far, after, (size_t)next_steps * step_bytes);
         } else {
             const int n_tiles = (n + TILE_ROWS - 1) / TILE_ROWS, lines = (int)(group_bytes(format) / (4 * COLUMNS));
             const size_t stride = (size_t)next_steps * step_bytes / (size_t)(n_tiles * (last - first) * lines) + 1;

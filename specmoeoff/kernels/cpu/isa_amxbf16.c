@@ -23,7 +23,7 @@ enum { STEPS = 16, STEP_BYTES = 4 * COLUMNS };
 #define MULTIPLY(J, W) do { _tile_loadd(W, strip + 64 * (J), strip_stride); _tile_dpbf16ps(J, 4, W); } while (0)
 #define STORE(J, W) _tile_stored(J, sums + (J) * LANES, sums_stride)
 
-static void tile_amx(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t out_stride)
+static void tile_amx(int rows, const void *const *x, const part_t *part, int vectors, int accumulate, float *out, size_t out_stride)
 {
     float some[AMX_ROWS * COLUMNS] __attribute__((aligned(64)));
     unsigned char values[AMX_ROWS * 64] __attribute__((aligned(64))), last[STEPS * STEP_BYTES] __attribute__((aligned(64)));
@@ -39,10 +39,10 @@ static void tile_amx(int rows, const void *const *x, part_t part, int vectors, i
         for (int r = 0; r < rows && sums == some; r++) memcpy(some + r * COLUMNS, out + (size_t)r * out_stride, width);
         EACH_VECTOR(LOAD);
     }
-    for (int first = 0; first < part.steps; first += STEPS) {
-        const int steps = part.steps - first < STEPS ? part.steps - first : STEPS;
-        const unsigned char *strip = part.w + (size_t)first * part.w_stride;
-        size_t strip_stride = part.w_stride;
+    for (int first = 0; first < part->steps; first += STEPS) {
+        const int steps = part->steps - first < STEPS ? part->steps - first : STEPS;
+        const unsigned char *strip = part->w + (size_t)first * part->w_stride;
+        size_t strip_stride = part->w_stride;
         if (steps < STEPS) {
             memset(values, 0, sizeof values);
             memset(last, 0, sizeof last);
@@ -52,7 +52,10 @@ static void tile_amx(int rows, const void *const *x, part_t part, int vectors, i
         }
         for (int r = 0; r < rows; r++) memcpy(values + r * 64, (const unsigned char *)x[r] + 4 * first, 4 * (size_t)steps);
         for (int p = 0; p < steps; p++)
-            for (int j = 0; j < vectors; j++) PREFETCH(part.fetch + (size_t)(first + p) * part.fetch_step + 64 * j);
+            for (int j = 0; j < vectors; j++) {
+                PREFETCH(part->fetch + (size_t)(first + p) * part->fetch_step + 64 * j);
+                PREFETCH(part->again + (size_t)(first + p) * part->fetch_step + 64 * j);
+            }
         _tile_loadd(4, values, 64);
         EACH_VECTOR(MULTIPLY);
     }

@@ -3,36 +3,43 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#ifndef v_store_bf16_two
+#define v_store_bf16_two(p, v, w) (v_store_bf16(p, v), v_store_bf16((p) + LANES, w))
+#endif
 #ifndef PREFETCH
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #endif
 /* BYTES: of 16 columns of a step. */
 #define TILE_BODY(NAME, STEP, BYTES, ROW_VALUE, LOAD, DOT)                                                              \
-    INLINE void body_##NAME(const int rows, const int vectors, const void *const *x, part_t part, int accumulate, float *out, \
+    INLINE void body_##NAME(const int rows, const int vectors, const void *const *x, const part_t *part, int accumulate, float *out, \
                             size_t out_stride)                                                                         \
     {                                                                                                                  \
-        V acc[TILE_ROWS][COLUMNS / LANES];                                                                             \
+        V acc[2 * TILE_ROWS][COLUMNS / LANES];                                                                             \
         float *to = out;                                                                                               \
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++, to += out_stride)                                       \
+        _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++, to += out_stride)                                       \
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
                 acc[r][j] = accumulate ? v_load(to + j * LANES) : v_zero();                                            \
-        const unsigned char *row = part.w;                                                                             \
-        const char *fetch = part.fetch;                                                                                \
-        _Pragma("GCC unroll 4") for (int p = 0; p < part.steps; p++, row += part.w_stride, fetch += part.fetch_step) { \
+        const unsigned char *row = part->w;                                                                             \
+        const char *fetch = part->fetch, *again = part->again;                                                         \
+        const size_t stride = part->w_stride, fetch_step = part->fetch_step;                                           \
+        const int steps = part->steps;                                                                                 \
+        _Pragma("GCC unroll 4") for (int p = 0; p < steps; p++, row += stride, fetch += fetch_step, again += fetch_step) { \
             STEP strip[COLUMNS / LANES];                                                                               \
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++)                                                  \
             {                                                                                                          \
                 strip[j] = LOAD(row + j * BYTES);                                                                      \
-                if (j * BYTES % 64 == 0) PREFETCH(fetch + j * BYTES);                                  \
+                if (j * BYTES % 64 != 0 || (j > 0 && fetch_step <= (size_t)j * BYTES)) continue;                  \
+                PREFETCH(fetch + j * BYTES);                                                                           \
+                PREFETCH(again + j * BYTES);                                                                           \
             }                                                                                                          \
-            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                     \
+            _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++)                                                     \
             {                                                                                                          \
                 STEP value = ROW_VALUE;                                                                                \
                 _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) acc[r][j] = DOT(acc[r][j], value, strip[j]);  \
             }                                                                                                          \
         }                                                                                                              \
         __asm__("" : "+r"(out)); /* else 24 addresses are kept from the loads above */                                 \
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++, out += out_stride)                                      \
+        _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++, out += out_stride)                                      \
             _Pragma("GCC unroll 4") for (int j = 0; j < vectors; j++) v_store(out + j * LANES, acc[r][j]);             \
     }
 #define PAIR_OF_ROW v_pair_all((const uint16_t *)x[r] + 2 * p)
@@ -47,9 +54,9 @@ TILE_BODY(fp16, V, 32, FLOAT_OF_ROW, LOAD_FP16, FMA)
 TILE_BODY(fp32, V, 64, FLOAT_OF_ROW, LOAD_FP32, FMA)
 TILE_BODY(int8, V, 16, FLOAT_OF_ROW, LOAD_INT8, FMA)
 
-typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
+typedef void (*tile_fn)(const void *const *, const part_t *, int, float *, size_t);
 #define TILE(F, R, N)                                                                                  \
-    static void tile_##F##_##R##_##N(const void *const *x, part_t part, int acc, float *out, size_t os) \
+    static void tile_##F##_##R##_##N(const void *const *x, const part_t *part, int acc, float *out, size_t os) \
     {                                                                                                  \
         body_##F(R, N, x, part, acc, out, os);                                                         \
     }
@@ -58,7 +65,7 @@ typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
 /* Registers for the sums of four rows of 16 columns, or one of 64: with fewer at once each sum would wait for itself. */
 #define TILES(F, BYTES)                                                                                                       \
     TILE(F, 1, 1) TILE(F, 1, 2) TILE(F, 1, 3) TILE(F, 1, 4) TILE(F, 2, 1) TILE(F, 3, 1) TILE(F, 4, 1)                         \
-    static void tile_##F(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t stride) \
+    static void tile_##F(int rows, const void *const *x, const part_t *part, int vectors, int accumulate, float *out, size_t stride) \
     {                                                                                                                         \
         static const tile_fn one_row[5] = {0, tile_##F##_1_1, tile_##F##_1_2, tile_##F##_1_3, tile_##F##_1_4};                \
         static const tile_fn narrow_tiles[5] = {0, tile_##F##_1_1, tile_##F##_2_1, tile_##F##_3_1, tile_##F##_4_1};           \
@@ -68,22 +75,29 @@ typedef void (*tile_fn)(const void *const *, part_t, int, float *, size_t);
         }                                                                                                                     \
         const int passes = (rows + 3) / 4, most = (rows + passes - 1) / passes; /* 5 rows are 3 + 2 */                        \
         for (int j = 0; j < vectors; j++) {                                                                                   \
-            part_t narrow = part;                                                                                             \
+            part_t narrow = *part;                                                                                             \
             narrow.w += j * BYTES;                                                                                            \
             narrow.fetch += j * BYTES;                                                                                        \
+            narrow.again += j * BYTES;                                                                                        \
             for (int r = 0; r < rows; r += most)                                                                              \
-                narrow_tiles[rows - r < most ? rows - r : most](x + r, narrow, accumulate, out + r * stride + j * LANES, stride); \
+                narrow_tiles[rows - r < most ? rows - r : most](x + r, &narrow, accumulate, out + r * stride + j * LANES, stride); \
         }                                                                                                                     \
     }
 #else
 #define TILES_OF(F, R) TILE(F, R, 1) TILE(F, R, 2) TILE(F, R, 3) TILE(F, R, 4)
 #define NAMES_OF(F, R) {0, tile_##F##_##R##_1, tile_##F##_##R##_2, tile_##F##_##R##_3, tile_##F##_##R##_4}
+/* Twice the rows of half a strip. */
+#define HALVES_OF(F, R) TILE(F, R, 1) TILE(F, R, 2)
+#define HALF_NAMES_OF(F, R) {0, tile_##F##_##R##_1, tile_##F##_##R##_2}
 #define TILES(F, BYTES)                                                                                                       \
     TILES_OF(F, 1) TILES_OF(F, 2) TILES_OF(F, 3) TILES_OF(F, 4) TILES_OF(F, 5) TILES_OF(F, 6)                                 \
-    static void tile_##F(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t stride) \
+    HALVES_OF(F, 7) HALVES_OF(F, 8) HALVES_OF(F, 9) HALVES_OF(F, 10) HALVES_OF(F, 11) HALVES_OF(F, 12)                        \
+    static void tile_##F(int rows, const void *const *x, const part_t *part, int vectors, int accumulate, float *out, size_t stride) \
     {                                                                                                                         \
-        static const tile_fn tiles[7][5] = {{0},            NAMES_OF(F, 1), NAMES_OF(F, 2), NAMES_OF(F, 3),                   \
-                                            NAMES_OF(F, 4), NAMES_OF(F, 5), NAMES_OF(F, 6)};                                  \
+        static const tile_fn tiles[][5] = {{0},                  NAMES_OF(F, 1),       NAMES_OF(F, 2),      NAMES_OF(F, 3),      \
+                                           NAMES_OF(F, 4),       NAMES_OF(F, 5),       NAMES_OF(F, 6),      HALF_NAMES_OF(F, 7), \
+                                           HALF_NAMES_OF(F, 8),  HALF_NAMES_OF(F, 9),  HALF_NAMES_OF(F, 10),                     \
+                                           HALF_NAMES_OF(F, 11), HALF_NAMES_OF(F, 12)};                                          \
         tiles[rows][vectors](x, part, accumulate, out, stride);                                                               \
     }
 #endif
@@ -188,20 +202,22 @@ INLINE void softmax_body(const int full, const int wide, const float *scores, co
     }
     if (v_any_above(highest, v_all(*reference + SLACK))) {
         const float found = v_highest(highest);
-        const V factor = v_exp(v_all(*reference - found)); /* of nothing yet: about 0, times 0 */
+        if (*reference != LOWEST) { /* else nothing is there yet */
+            const V factor = v_exp(v_all(*reference - found));
+            v_store(sums, v_mul(v_load(sums), factor));
+            for (int i = 0; i < n; i += LANES) v_store(output + i, v_mul(v_load(output + i), factor));
+        }
         *reference = found;
-        v_store(sums, v_mul(v_load(sums), factor));
-        for (int i = 0; i < n; i += LANES) v_store(output + i, v_mul(v_load(output + i), factor));
     }
     const V shift = v_all(-1.44269504f * *reference), level = v_all(*reference);
-    V total = v_load(sums);
+    V total = v_load(sums), p[VECTORS];
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
-        V p = wide ? v_exp(v_sub(score[j], level)) : v_exp2(v_fma(score[j], log2e, shift));
-        if (!full) p = v_keep(p, mask[j], 0.f);
-        total = v_add(total, p);
-        if (!wide) v_store_bf16((uint16_t *)probabilities + j * LANES, p);
-        else v_store((float *)probabilities + j * LANES, scales ? v_mul(p, v_load(scales + PAGE_TOKENS + j * LANES)) : p);
+        p[j] = wide ? v_exp(v_sub(score[j], level)) : v_exp2(v_fma(score[j], log2e, shift));
+        if (!full) p[j] = v_keep(p[j], mask[j], 0.f);
+        total = v_add(total, p[j]);
+        if (wide) v_store((float *)probabilities + j * LANES, scales ? v_mul(p[j], v_load(scales + PAGE_TOKENS + j * LANES)) : p[j]);
+        else if (j % 2) v_store_bf16_two((uint16_t *)probabilities + (j - 1) * LANES, p[j - 1], p[j]);
     }
     v_store(sums, total);
 }
@@ -230,5 +246,5 @@ static void merge(float *reference, float *sums, float *output, float other, con
 
 /* ROWS at most in a tile of bf16, and what computes it. */
 #define ISA(NAME, ROWS, TILE_BF16, PRECISION, PUT, HALVES, F32)                                                            \
-    {NAME, supported, {TILE_BF16, tile_fp16, tile_fp32, tile_int8}, {ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS}, rmsnorm##PRECISION, to_bf16, \
+    {NAME, supported, {TILE_BF16, tile_fp16, tile_fp32, tile_int8}, {ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS}, {(int)ROWS == (int)TILE_ROWS && !SMALL_TILES, !SMALL_TILES, !SMALL_TILES, !SMALL_TILES}, rmsnorm##PRECISION, to_bf16, \
      to_fp16, swiglu##PRECISION, add, add_scaled, softmax, sum_of, merge, HALVES, PUT, &F32, tile_codes, quantise}

@@ -18,12 +18,13 @@ enum { KV_BF16, KV_FP16, KV_FP32, KV_INT8, N_KV_FORMATS };
 /* A row's reference follows its highest score only when that exceeds it by more: what is above 1 is as exact as what is below. */
 #define SLACK 8.f
 
-/* Part of a strip; and what comes next, to be fetched meanwhile: a row of 64 columns at fetch + step * fetch_step. */
+/* Part of a strip; and what comes next, to be fetched meanwhile: a row of 64 columns at fetch + step * fetch_step, and at `again`, which may
+ * be the same: where many fetches are under way others are dropped. */
 typedef struct {
     const unsigned char *w;
     size_t w_stride; /* bytes from step to step */
     int steps;
-    const char *fetch;
+    const char *fetch, *again;
     size_t fetch_step;
 } part_t;
 
@@ -43,14 +44,17 @@ static const format_t FORMATS[N_FORMATS] = {{0, 16, 0}, {64, 8, 128}, {64, 4, 8}
 /* A row of n numbers (a multiple of 64) that multiplies codes: n bytes, and of every group a float and an int. */
 static inline size_t coded_row_bytes(int n, int group) { return (size_t)n + 8 * (size_t)(n / group); }
 
+/* Rows against a strip: see isa_t. */
+typedef void (*tile_t)(int rows, const void *const *x, const part_t *part, int vectors, int accumulate, float *out, size_t out_stride);
+
 /* One instruction set and one precision of weights and activations. Where it is fp32, activations and packed weights are
  * floats behind the same uint16_t pointers, two halves an element. */
 typedef struct isa {
     const char *name;
     int (*supported)(void);
     /* out[r][0 .. 16 * vectors) (+)= sum over steps of x[r] . w, for a strip of each format. rows in 1 .. tile_rows. */
-    void (*tile[N_KV_FORMATS])(int rows, const void *const *x, part_t part, int vectors, int accumulate, float *out, size_t out_stride);
-    int tile_rows[N_KV_FORMATS];
+    tile_t tile[N_KV_FORMATS];
+    int tile_rows[N_KV_FORMATS], half_tiles[N_KV_FORMATS]; /* half_tiles: twice the rows where there are at most two vectors */
     /* out = bf16(x * rsqrt(mean(x^2) + eps) * weight); n a multiple of 16 */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, uint16_t *out);
     /* out = bf16(scale * x); n a multiple of 16 */

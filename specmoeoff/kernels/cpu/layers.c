@@ -75,11 +75,10 @@ static void normalise_heads(const isa_t *isa, const layer_shape_t *s, float *x, 
         isa->f32->rmsnorm(x + head * s->head_dim, norm, s->rms_eps, dim, (uint16_t *)(x + head * s->head_dim));
 }
 
-/* Finish one row's queries, keys and values; store its keys and values; scale and round its queries. qkv: as qkv_columns. */
-static void append_row(const isa_t *isa, const layer_shape_t *s, const layer_t *layer, const attention_t *a, int request, int row,
-                       float *qkv, const float *rotary_key, unsigned char *query)
+/* Finish one row's queries, keys and values; scale and round its queries. qkv: as qkv_columns. */
+static void finish_row(const isa_t *isa, const layer_shape_t *s, const layer_t *layer, const batch_t *b, int request, int row, float *qkv,
+                       const float *rotary_key, unsigned char *query)
 {
-    const batch_t *b = a->batch;
     const int dim = s->head_dim, half = s->rotary_dim / 2, keys = s->n_heads * dim;
     const int position = b->first_position[request] + row - b->row_start[request];
     const float *cosines = layer->cosines + (size_t)position * half, *sines = layer->sines + (size_t)position * half;
@@ -102,7 +101,6 @@ static void append_row(const isa_t *isa, const layer_shape_t *s, const layer_t *
     }
     if (s->kv_format == KV_BF16) isa->to_bf16(qkv, s->attention_scale, keys, (uint16_t *)query);
     else isa->f32->put(qkv, s->attention_scale, keys, (uint16_t *)query);
-    append_kv(isa, a, request, row, qkv + keys, qkv + keys + s->n_kv_heads * dim);
 }
 
 size_t smo_kv_page_bytes(const kv_shape_t *s) { return kv_page_bytes(s); }
@@ -111,11 +109,7 @@ size_t smo_partial_bytes(const kv_shape_t *s, int m, int end) { return partial_b
 void smo_append_kv(int isa, int threads, const attention_t *a, const float *keys, const float *values)
 {
     const kv_shape_t *s = a->shape;
-    const batch_t *b = a->batch;
-    const size_t key_columns = (size_t)(s->n_kv_heads * s->key_dim), value_columns = (size_t)(s->n_kv_heads * s->value_dim);
-    EACH_THREAD(threads, _Pragma("omp for schedule(dynamic, 1)") for (int request = 0; request < b->n_requests; request++)
-        for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
-            append_kv(isa_of(isa), a, request, r, keys + (size_t)r * key_columns, values + (size_t)r * value_columns));
+    EACH_THREAD(threads, append_all(isa_of(isa), a, keys, (size_t)(s->n_kv_heads * s->key_dim), values, (size_t)(s->n_kv_heads * s->value_dim)));
 }
 
 void smo_verify_attention(int isa, int threads, const attention_t *a, const void *query, void *result, unsigned char *scratch)
@@ -223,8 +217,10 @@ static void attention_rows(const isa_t *isa, const layer_shape_t *s, const layer
 #pragma omp for schedule(dynamic, 1)
     for (int request = 0; request < b->n_requests; request++)
         for (int r = b->row_start[request]; r < b->row_start[request + 1]; r++)
-            append_row(isa, s, layer, &a, request, r, qkv + (size_t)r * columns,
+            finish_row(isa, s, layer, b, request, r, qkv + (size_t)r * columns,
                        s->kv_latent ? latents + (size_t)(r + 1) * latent_columns(s) - s->rotary_dim : NULL, query + (size_t)r * query_row);
+    const float *keys = qkv + s->n_heads * s->head_dim;
+    append_all(isa, &a, keys, (size_t)columns, keys + s->n_kv_heads * s->head_dim, (size_t)columns);
     attend_all(isa, &a, query, result, (float *)(scratch + at.partials));
     linear_rows(isa, result, m, s->n_heads * s->v_head_dim, layer->o, s->hidden, (target_t){x, (size_t)s->hidden, 1, layer->o_bias, NULL});
 #pragma omp for schedule(static)

@@ -75,8 +75,8 @@ def simulate(
     gap_s: float = 0.0,
 ) -> Schedule:
     """List scheduling, from one end of a node to the next. `wake_s`: what work on the CPU takes longer after a wait of so
-    many seconds; `gap_s`: what lies before each node there. Both lanes serve the most urgent ready node: the CPU by program order, the disk by window, layer, demand
-    before prefetch. Loads obey the slot rules of pipeline.py."""
+    many seconds; `gap_s`: what lies before each node there. Both lanes serve the most urgent ready node: the CPU by program
+    order, the disk by window, layer, demand before prefetch. Loads obey the slot rules of pipeline.py."""
     nodes, n = graph.nodes, len(graph.nodes)
     missing = [len(node.deps) for node in nodes]
     users: list[list[int]] = [[] for _ in nodes]

@@ -3,7 +3,7 @@
 import pytest
 
 from specmoeoff.errors import BadInput
-from specmoeoff.estimate.calibrate import refit, rescaled
+from specmoeoff.estimate.calibrate import refit, rescaled, typical
 from specmoeoff.estimate.costs import Calibration, Prices
 from specmoeoff.estimate.planned import planned_schedule
 from specmoeoff.estimate.predict import forecast
@@ -86,3 +86,33 @@ def test_a_record_that_measured_no_speeds_or_another_machine_is_refused(
     other = record.model_copy(update={"machine_fingerprint": "another"})
     with pytest.raises(BadInput, match="another machine"):
         refit(made_up_profile, other, target_spec, None)
+
+
+def test_the_typical_speed_is_the_mean_without_a_tenth_at_either_end() -> None:
+    slices = [SPEED.model_copy(update={"memory_scale": scale}) for scale in (9.0, *[1.0] * 4, *[2.0] * 4, 0.01)]
+    assert typical(slices).memory_scale == pytest.approx(1.5)
+    assert typical(slices).draft_scale is None
+
+
+def test_a_draft_is_refitted_by_its_own_slices(
+    record: RunRecord, made_up_profile: HardwareProfile, target_spec: ModelSpec, draft_spec: ModelSpec
+) -> None:
+    own = record.model_copy(
+        update={
+            "recalibration": (SPEED.model_copy(update={"draft_scale": 0.5}),),
+            "timeline_measured": (),
+            "timeline_predicted": (),
+        }
+    )
+    fitted, factors = refit(made_up_profile, own, target_spec, draft_spec)
+    assert factors["draft operator times"] == 0.5
+    pairs = [
+        (old, new)
+        for old, new in zip(made_up_profile.operators, fitted.operators, strict=True)
+        if old.operator != "wake"
+    ]
+    for old, new in pairs:
+        if old.shape == draft_spec.shape_key:
+            assert new.seconds == pytest.approx([0.5 * s for s in old.seconds])
+        else:
+            assert new.seconds[0] > old.seconds[0]

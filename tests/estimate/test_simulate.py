@@ -29,6 +29,13 @@ def test_everything_resident_is_the_sum_of_the_compute_lane() -> None:
     assert schedule.period_s == pytest.approx(3 * 1 + 2 * (2 * 2 + 5) + 4)
 
 
+def test_what_lies_before_every_node_on_the_cpu_adds_up() -> None:
+    graph = window_graph(shape(2, (RESIDENT,), drafts=3), 0, 3)
+    # 3 drafts, two layers of attention and experts, head and verification: 9 nodes
+    schedule = simulate(graph, seconds(graph, draft=1, attention=2, experts=5, head=4), gap_s=0.5)
+    assert schedule.period_s == pytest.approx(3 * 1 + 2 * (2 + 5) + 4 + 9 * 0.5)
+
+
 def test_a_slow_disk_sets_the_pace_when_slots_allow_reading_all_the_time() -> None:
     graph = window_graph(shape(4, (STREAMED,)), 3, 4)
     # Four loads of 10 a window; compute (1 + 1 a layer, head 1) hides behind them.

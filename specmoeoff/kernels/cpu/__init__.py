@@ -31,6 +31,7 @@ MAX_SIZE = 1 << 30  # of any dimension: C's 32-bit indices and 64-bit byte count
 MAX_THREADS = 1024  # libgomp ends the process where it cannot start one
 HUGE_PAGE = 1 << 21
 ISA_VARIABLE = "SPECMOEOFF_CPU_ISA"
+SLOT_OUTSIDE, SLOT_TWICE = 1, 2
 LIBRARY_VARIABLE = "SPECMOEOFF_CPU_LIBRARY"  # another build of the C library, such as the one with sanitizers
 
 
@@ -111,6 +112,7 @@ _SIGNATURES = {
     "smo_packed_expert_bytes": (c_size_t, [c_int] * 4),
     "smo_pack_expert": (None, [c_int] + [c_void_p] * 3 + [c_int] * 3 + [c_void_p, POINTER(c_double)]),
     "smo_experts_scratch_bytes": (c_size_t, [c_int] * 5),
+    "smo_join_slots": (c_int, [c_void_p, POINTER(c_int32), c_int, c_int] + [c_void_p] * 3),
     "smo_experts": (None, [c_int, c_int, POINTER(_Experts)] + [c_void_p] * 3),
     "smo_combine": (None, [c_int, c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]),
     "smo_feed_forward": (c_int, [c_int, c_int, POINTER(_Experts), c_int] + [c_void_p] * 9),
@@ -317,6 +319,7 @@ def _format(format: str) -> tuple[int, int]:
     return _FORMATS[format]
 
 
+@functools.lru_cache(maxsize=64, typed=True)  # typed: 64.0 must not pass for 64
 def packed_expert_bytes(hidden: int, intermediate: int, format: PackedFormat = "bf16") -> int:
     """Bytes of a packed expert: gate, up and down."""
     sizes = _size("hidden", hidden, 2), _size("intermediate", intermediate, 2)
@@ -950,19 +953,29 @@ class Kernels:
             bias_pointers = (c_void_p * max(1, len(biases)))(
                 *(_pointer(b, np.float32, width, "biases") for b in biases)
             )
-        for slots in row_slots:
-            _pointer(slots, np.int32, (None,), "row_slots")
-        slots = row_slots[0] if len(row_slots) == 1 else np.concatenate([*row_slots, np.empty(0, np.int32)])
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= n_slots):
-            raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
-        if len(slots) and int(np.bincount(slots).max()) > 1:
-            raise ValueError("row_slots: a slot occurs twice")
-        read = [("normed", normed), ("row_slots", slots), *(("experts", e) for e in experts)]
+        lists = [_pointer(slots, np.int32, (None,), "row_slots") for slots in row_slots]
+        counts = [len(slots) for slots in row_slots]
+        if (total := sum(counts)) > n_slots:
+            raise ValueError(f"row_slots: {total} slots, of which out has {n_slots}")
+        read = [("normed", normed), *(("row_slots", s) for s in row_slots), *(("experts", e) for e in experts)]
         _apart([("out", out)], *read, *(("biases", b) for b in biases or ()))
-        start = np.zeros(len(experts) + 1, np.int32)
-        np.cumsum([len(slots) for slots in row_slots], out=start[1:])
         library = _library()
-        scratch = self._scratch_of(library.smo_experts_scratch_bytes(hidden, intermediate, number, halves, len(slots)))
+        n_scratch = library.smo_experts_scratch_bytes(hidden, intermediate, number, halves, total) + 63 & -64
+        scratch = self._scratch_of(n_scratch + 4 * (total + len(experts) + 1) + n_slots)
+        slots, start = scratch + n_scratch, scratch + n_scratch + 4 * total
+        joined = library.smo_join_slots(
+            (c_void_p * max(1, len(lists)))(*lists),
+            (c_int32 * max(1, len(counts)))(*counts),
+            len(counts),
+            n_slots,
+            slots,
+            start,
+            start + 4 * (len(experts) + 1),
+        )
+        if joined == SLOT_OUTSIDE:
+            raise ValueError(f"row_slots: must be 0 to {n_slots - 1}")
+        if joined == SLOT_TWICE:
+            raise ValueError("row_slots: a slot occurs twice")
         arguments = _Experts(
             hidden,
             intermediate,
@@ -972,8 +985,8 @@ class Kernels:
             ctypes.addressof(pointers),
             None if bias_pointers is None else ctypes.addressof(bias_pointers),
             ctypes.pointer(swiglu.c_struct),
-            slots.ctypes.data,
-            start.ctypes.data,
+            slots,
+            start,
         )
         library.smo_experts(self._isa, self.n_threads, arguments, source, target, scratch)
 

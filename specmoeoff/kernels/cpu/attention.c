@@ -102,6 +102,7 @@ static void append(const isa_t *isa, const attention_t *a, int request, int head
     const kv_shape_t *s = a->shape;
     const batch_t *b = a->batch;
     const int end = b->row_start[request + 1], paired = NUMBERS[s->format].per_step == 2;
+    const size_t unit = NUMBERS[s->format].bytes * NUMBERS[s->format].per_step;
     float numbers[MAX_DIM];
     uint16_t pair[2][MAX_DIM];
     for (int row = b->row_start[request]; row < end; row++) {
@@ -109,9 +110,9 @@ static void append(const isa_t *isa, const attention_t *a, int request, int head
         const int page = b->page_table[(size_t)request * (size_t)b->max_pages + (size_t)(position / PAGE_TOKENS)];
         unsigned char *key = a->pages + (size_t)page * kv_page_bytes(s) + (size_t)head * head_bytes(s), *value = key + key_bytes(s);
         float *scales = (float *)(value + value_bytes(s));
-        if (row == b->row_start[request] && head + 1 < s->n_kv_heads) /* one line of every step, in no cache: while this head is written */
-            for (size_t i = 0; i < key_bytes(s) / 2; i += 4 * COLUMNS)
-                __builtin_prefetch(key + head_bytes(s) + (size_t)(slot / COLUMNS) * key_bytes(s) / 2 + i + (size_t)(slot % COLUMNS) * 4, 1);
+        if (row == b->row_start[request] && head + 1 < s->n_kv_heads) /* a line of every step, in no cache: while this head is written */
+            for (size_t i = 0; i < key_bytes(s) / 2; i += COLUMNS * unit)
+                __builtin_prefetch(key + head_bytes(s) + (size_t)(slot / COLUMNS) * key_bytes(s) / 2 + i + (size_t)(slot % COLUMNS) * unit, 1);
         const float *key_row = keys + (size_t)row * key_stride, *value_row = values + (size_t)row * value_stride;
         const float key_scale = convert(isa, s, key_row + (size_t)head * (size_t)s->key_dim, s->key_dim, numbers);
         put_key(s, key, slot, numbers);

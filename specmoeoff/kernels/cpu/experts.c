@@ -276,6 +276,24 @@ void expert_rows(const isa_t *isa, const experts_t *x, const uint16_t *normed, f
 #pragma omp barrier
 }
 
+/* The lists one after the other, and where each begins in `start` (n_lists + 1). `seen`: n_slots bytes. Returns 0; or 1 if a slot is
+ * not in 0 .. n_slots - 1, 2 if one occurs twice. */
+int smo_join_slots(const int32_t *const *lists, const int32_t *counts, int n_lists, int n_slots, int32_t *slots, int32_t *start, unsigned char *seen)
+{
+    memset(seen, 0, (size_t)n_slots);
+    start[0] = 0;
+    for (int e = 0; e < n_lists; e++) {
+        for (int i = 0; i < counts[e]; i++) {
+            const int32_t slot = lists[e][i];
+            if (slot < 0 || slot >= n_slots) return 1;
+            if (seen[slot]++) return 2;
+            slots[start[e] + i] = slot;
+        }
+        start[e + 1] = start[e] + counts[e];
+    }
+    return 0;
+}
+
 void smo_experts(int isa, int threads, const experts_t *experts, const uint16_t *normed, float *out, unsigned char *scratch)
 {
     EACH_THREAD(threads, expert_rows(isa_of(isa), experts, normed, out, scratch));

@@ -31,14 +31,14 @@ def all_provenances(value: Any) -> set[str]:
 
 def test_all_that_is_shipped_can_be_read_and_tells_what_it_is() -> None:
     kinds = {name: sheet(name).kind for name in names("machines")}
-    assert kinds == {"epyc-zen4-2c": "measured"} | dict.fromkeys(DATASHEETS, "datasheet")
+    assert kinds == {"epyc-zen5-2c": "measured"} | dict.fromkeys(DATASHEETS, "datasheet")
     workloads = {name: Workload.load(find("workloads", name)).kind for name in names("workloads")}
     assert workloads == {"demo": "measured"} | dict.fromkeys(("apps", "cnn-dailymail", "mt-bench"), "published")
 
 
 def test_a_file_comes_before_a_name_and_what_is_neither_is_refused(tmp_path: Path) -> None:
     assert find("machines", str(tmp_path)) == tmp_path
-    with pytest.raises(BadInput, match=r"nothing-like-it: no such file, and no shipped name; .* a30, epyc-zen4-2c"):
+    with pytest.raises(BadInput, match=r"nothing-like-it: no such file, and no shipped name; .* a30, epyc-zen5-2c"):
         find("machines", "nothing-like-it")
 
 

@@ -116,7 +116,9 @@ class ExpertStore:
         self._arena = aligned_empty(n_slots * stride).reshape(n_slots, stride)
         self._lane = _Lane(free_slots=list(range(n_slots)))
         self._stream_slots = n_slots
-        self._change = threading.Condition()
+        # Two conditions of one lock: an arrival wakes who computes and no reader that has nothing to read.
+        lock = threading.RLock()
+        self._change, self._arrived = threading.Condition(lock), threading.Condition(lock)
         self._readers = [
             threading.Thread(target=self._read_loop, name=f"disk-{i}", daemon=True) for i in range(n_readers)
         ]
@@ -167,7 +169,7 @@ class ExpertStore:
                 load.state = DROPPED
             self._lane.pending.clear()
             while self._lane.active and not self._lane.error:
-                self._change.wait()
+                self._arrived.wait()
         self._free_all_but_resident(self._stream_slots)
 
     def _free_all_but_resident(self, stream_slots: int) -> None:
@@ -215,7 +217,7 @@ class ExpertStore:
                 for load in loads:
                     if load.state == DONE:
                         return load
-                self._change.wait()
+                self._arrived.wait()
 
     def close(self) -> None:
         """Stop the readers and close the file."""
@@ -283,9 +285,10 @@ class ExpertStore:
                 self._busy_s += load.end_s - self._busy_since_s
             if load.state == DROPPED:
                 self._lane.free_slots.append(load.slot)
+                self._wake_readers()
             else:
                 load.state = DONE
-            self._change.notify_all()
+            self._arrived.notify_all()
 
     def _check(self, load: Load) -> None:
         """Compare with the checksum once; what is read later passed it here or in another slot."""
@@ -318,7 +321,7 @@ class ExpertStore:
     def _fail(self, error: BaseException) -> None:
         with self._change:
             self._lane.error = error
-            self._change.notify_all()
+            self._arrived.notify_all()
 
     def _read_chunk(self, load: Load, chunk: int) -> None:
         first = chunk * self._chunk_bytes

@@ -13,7 +13,7 @@ from specmoeoff.tuner.tune import TuneRequest, tune
 
 @pytest.fixture(scope="session")
 def shipped() -> HardwareProfile:
-    return HardwareProfile.load(find("machines", "epyc-zen4-2c"))
+    return HardwareProfile.load(find("machines", "epyc-zen5-2c"))
 
 
 @pytest.fixture(scope="session")

@@ -84,9 +84,9 @@ def test_a_file_equals_itself(files: dict[str, Path], name: str) -> None:
 
 def test_a_slower_roof_comes_first_and_fails_the_gate(files: dict[str, Path]) -> None:
     rows = compare(files["p"], files["slow"])
-    assert [r.name for r in rows[:2]] == ["dram_read, 1 threads", "dram_read, 2 threads"]
+    assert {r.name for r in rows[:2]} == {"dram_read, 1 threads", "dram_read, 2 threads"}
     assert rows[0].ratio == pytest.approx(0.9)
-    with pytest.raises(AnswerIsNo, match=r"below 0.95 of .*: dram_read, 1 threads 0.900; dram_read, 2 threads 0.900\."):
+    with pytest.raises(AnswerIsNo, match=r"below 0.95 of .*: dram_read, . threads 0.900; dram_read, . threads 0.900\."):
         call(files["p"], files["slow"], "--fail-under", "0.95")
     call(files["p"], files["slow"], "--fail-under", "0.89")
     call(files["slow"], files["p"], "--fail-under", "0.95")
@@ -108,7 +108,7 @@ def test_only_rates_are_gated(files: dict[str, Path], record: RunRecord, tmp_pat
 def test_json_lists_all(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     call(files["p"], files["slow"], "--json")
     rows = json.loads(capsys.readouterr().out)
-    assert rows[0]["name"] == "dram_read, 1 threads"
+    assert rows[0]["name"].startswith("dram_read, ")
     assert [r["ratio"] for r in rows] == sorted(r["ratio"] for r in rows)
     assert len(rows) == len(compare(files["p"], files["slow"]))
 

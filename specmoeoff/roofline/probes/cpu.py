@@ -224,8 +224,8 @@ class Memory:
         rates, found = self._rates(), {}
         for level, n_threads in product(SHARED, self.thread_counts):
             kin = {key: turns for key, turns in rates.items() if key[1] == n_threads and key[0].startswith(f"{level}_")}
-            fast = joint_modes(np.array([[np.median(turn) for turn in turns] for turns in kin.values()]))
-            if fast is None:
+            medians = np.array([[np.median(turn) for turn in turns] for turns in kin.values()])
+            if not kin or (fast := joint_modes(medians)) is None:
                 continue
             for (name, _), turns in kin.items():
                 slow, quick = (float(np.percentile([*chain(*compress(turns, which))], 75)) for which in (~fast, fast))

@@ -29,7 +29,7 @@ from specmoeoff.tuner.space import make_space
 from specmoeoff.tuner.tune import Tuner, TuneRequest
 
 LENGTHS, BATCHES, CAP_GB_PER_S, CONTEXT_TOKENS = range(9), (4, 8, 16), 1.0, 320
-TURNS, WINDOWS, RESIDENT_WINDOWS = 4, 3, 6
+TURNS, WINDOWS, RESIDENT_TURNS, RESIDENT_WINDOWS = 6, 2, 10, 3  # many short blocks: the host is faster now, slower then
 LARGE_SHARE = 0.05  # of a window: nodes that matter
 
 
@@ -82,7 +82,7 @@ def measure(validator: Validator, parts: dict[str, PlainPlan], limit: float | No
         engine.store.bucket.gb_per_s = None
         validator._warm(engine, 0)
         engine.store.bucket.gb_per_s = limit
-        for turn in range(TURNS):
+        for turn in range(TURNS if limit else RESIDENT_TURNS):
             validator._pair(engine, parts, blocks, turn, "window prediction", WINDOWS if limit else RESIDENT_WINDOWS)
     return blocks
 

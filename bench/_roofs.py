@@ -32,7 +32,7 @@ class Roof:
 
 def inside(*names: str) -> Callable[[Callable[[], object]], float]:
     """Seconds that a call spends in these functions of the C library. What goes before in Python, checks of every argument, takes
-    some 10 us of a sample where caches still hold it and 50 us a call where other samples have pushed it out."""
+    some 15 us a call where caches still hold it and 40 to 110 us where other samples have pushed it out."""
     library, spent = cpu._library(), [0.0]
 
     def timed(function: Callable[..., object]) -> Callable[..., None]:

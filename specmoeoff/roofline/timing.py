@@ -72,7 +72,8 @@ def joint_modes(rates: np.ndarray) -> np.ndarray | None:
 def split(values: np.ndarray, least_gap: float) -> float | None:
     """Where the best split into two lies, if it leaves a gap wider than both parts and `least_gap`.
 
-    A part is its samples from the 10th to the 90th percentile: strays between two do not join them, and a tail of slow samples is wider than the gap above it.
+    A part is its samples from the 10th to the 90th percentile: strays between two do not join them, and a tail of slow
+    samples is wider than the gap above it.
     """
     values = np.sort(values)
     n, fewest = len(values), max(2, math.ceil(MODE_SHARE * len(values)))
